@@ -20,35 +20,51 @@ from integrate import AudioLLM
 
 # ------------------------------------------------------------------------------ command line
 
-def option(default, help, **kwargs):
-    """A field of a configuration dataclass that is a command-line option too."""
-    return field(default=default, metadata={"help": help, **kwargs})
+def option(default, help, low=0, high=2 ** 63 - 1, **kwargs):
+    """A field of a configuration dataclass that is a command-line option too. Its value, if it is
+    a number, lies within low..high."""
+    return field(default=default, metadata={"help": help, "range": (low, high), **kwargs})
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one clear line instead of argparse's usage and error
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists every option)\n")
+        self.fail(f"{message} (--help lists every option)")
+
+    def fail(self, message):
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def command_line(config, doc, main):
     """Fill the dataclass `config` from the command line and call main(config).
 
     A field `top_p: float = option(1.0, "help")` becomes --top-p. A user's mistake, which is a
-    ValueError anywhere below, ends the program with one line and exit code 2.
+    ValueError anywhere below, or a file that cannot be written, ends the program with one line and
+    exit code 2.
     """
     parser = Parser(description=doc.split("\n")[0], allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ranges = {}
     for f in fields(config):
         meta = dict(f.metadata)
+        ranges[f.name] = meta.pop("range")
         if f.type is bool:
             meta["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
         else:
             meta["type"] = f.type
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **meta)
+    given = vars(parser.parse_args())
+    for name, value in given.items():
+        flag, (low, high) = "--" + name.replace("_", "-"), ranges[name]
+        if isinstance(value, str) and not value.strip():  # or "$FORGOTTEN" would be the default
+            parser.error(f"{flag} is empty")
+        if isinstance(value, (int, float)) and not low <= value <= high:  # nan is nowhere
+            parser.error(f"{flag} {value}: expected a number from {low:g} to {high:g}")
     try:
-        main(config(**vars(parser.parse_args())))
+        main(config(**given))
     except ValueError as e:
-        parser.error(str(e))
+        parser.fail(str(e))
+    except OSError as e:
+        parser.fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
     except KeyboardInterrupt:
         parser.exit(130, "\nstopped; what was saved stays as it was\n")
 
@@ -147,9 +163,10 @@ class Options:
     audio: str = option(None, "the sound file to ask about", required=True)
     prompt: str = option(None, "one question; without it, ask on the terminal")
     ckpt: str = option(None, "checkpoint of train.py; without it, the newest under out/")
-    max_new_tokens: int = option(48, "longest answer")
-    temperature: float = option(0.0, "0 takes the likeliest token, above 0 samples")
-    top_p: float = option(1.0, "sample among the likeliest tokens of this total probability")
+    max_new_tokens: int = option(48, "longest answer", low=1, high=4096)
+    temperature: float = option(0.0, "0 takes the likeliest token, above 0 samples", high=100)
+    top_p: float = option(1.0, "sample among the likeliest tokens of this total probability",
+                          low=0.001, high=1)
     seed: int = option(0, "of the sampling")
     device: str = option("auto", "cpu, cuda, mps or auto")
 
@@ -168,8 +185,6 @@ def main(o):
                          temperature=o.temperature, top_p=o.top_p)[0]
 
     if o.prompt is not None:
-        if not o.prompt.strip():
-            raise ValueError("--prompt is empty: ask something")
         print(answer(o.prompt))
         return
     print("ask about it; an empty line ends", file=sys.stderr)

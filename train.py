@@ -673,9 +673,10 @@ class Options:
     out: str = option(None, "folder of the checkpoint and metrics.jsonl (default: out/MODE)")
     base: str = option("assets/base.pt", "the prepared encoders and LLM")
     seed: int = option(0, "of the world, the connectors and the order of the questions")
-    clips: int = option(1600, "training clips of the listening world")
-    test_clips: int = option(200, "test clips of the listening world, about nine questions each")
-    batch: int = option(32, "questions a step")
+    clips: int = option(1600, "training clips of the listening world", low=1)
+    test_clips: int = option(200, "test clips of the listening world, about nine questions each",
+                             low=1)
+    batch: int = option(32, "questions a step", low=1)
     steps1: int = option(150, "steps of stage 1: connectors alone, classification")
     steps2: int = option(400, "steps of stage 2: LLM and connectors, closed questions")
     steps3: int = option(700, "steps of stage 3: LLM and connectors, all questions")
@@ -683,7 +684,7 @@ class Options:
     device: str = option("auto", "cpu, cuda, mps or auto")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
     read_steps: int = option(1200, "with --prepare: steps of the LLM's reading")
-    hear_clips: int = option(3000, "with --prepare: clips the encoders learn from")
+    hear_clips: int = option(3000, "with --prepare: clips the encoders learn from", low=1)
     hear_steps: int = option(600, "with --prepare: steps of each encoder")
 
 
