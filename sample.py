@@ -73,11 +73,14 @@ def pick_device(name):
     """The torch device called `name` (auto: cuda if there is one, else cpu), said aloud once."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: choose cpu, cuda, mps or auto")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
+        why = str(e).splitlines()[0].split(". ")[0]
+        raise ValueError(f"--device {name} cannot be used: {why}") from None
     print(f"device {device}, float32, {torch.get_num_threads()} threads", file=sys.stderr)
     return device
 
