@@ -8,6 +8,7 @@ command-line options made from the fields of a dataclass.
 """
 import argparse
 import json
+import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -103,6 +104,11 @@ def read_items(path, audio_root=None):
         for name in ("audio_id", "instruction", "output"):
             if not isinstance(raw.get(name), str) or not raw[name].strip():
                 raise ValueError(f"{path}: item {i} has no text in its field {name!r}")
+        for name in ("audio_id", "instruction", "output", "input", "task", "dataset"):
+            text = raw.get(name) or ""
+            # half of a cut emoji is valid JSON, but no character
+            if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+                raise ValueError(f"{path}: the field {name!r} of item {i} is not text")
         audio = root / raw["audio_id"]
         if not audio.is_file():
             raise ValueError(f"{path}: item {i}: no such audio file: {audio}")
@@ -116,7 +122,7 @@ def read_items(path, audio_root=None):
 def read_json(path):
     """The list in a JSON file, or the lines of a JSONL file. ValueError if neither, or empty."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows puts a mark in front
     except OSError as e:
         raise ValueError(f"{path}: cannot be read ({e.strerror})") from None
     except UnicodeDecodeError:
@@ -124,7 +130,7 @@ def read_json(path):
     if text.lstrip().startswith("["):
         lines = [(1, text)]
     else:
-        lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     found = []
     for n, line in lines:
         try:
