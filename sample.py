@@ -181,15 +181,16 @@ class Options:
 
 
 def main(o):
-    device = pick_device(o.device)
+    wave = load_audio(o.audio, 16000)  # first, as it is quick and the likeliest to be mistaken
     path = o.ckpt or newest_checkpoint()
-    model = AudioLLM.load(path).to(device)
+    model = AudioLLM.load(path)
+    model.to(pick_device(o.device))
     print(f"{path}: mode {model.mode}, encoders {', '.join(model.encoders)}", file=sys.stderr)
-    wave = load_audio(o.audio, 16000)
     tell_fit(model, [len(wave) / 16000])
     cache = model.hear(model.features([lambda rate: load_audio(o.audio, rate)]))
 
     def answer(question):
+        question = question.encode(errors="replace").decode()  # bytes that are no text, become ?
         return model.ask(cache, [question], max_new_tokens=o.max_new_tokens, seed=o.seed,
                          temperature=o.temperature, top_p=o.top_p)[0]
 
