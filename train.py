@@ -481,15 +481,19 @@ def table(model, features, items, train_items):
     other = {}
     for d in set(domain.values()):
         clips = [c for c in domain if domain[c] == d]
-        other |= dict(zip(clips, clips[1:] + clips[:1]))
+        # a clip that is the only one of its domain gets one of another domain, if there is one
+        lone = len(clips) == 1
+        after = [c for c in domain if c not in clips][:1] if lone else clips[1:] + clips[:1]
+        other |= dict(zip(clips, after))
     common = {}
     for d, t in {(item["domain"], item["task"]) for item in items}:
         seen = Counter(i["output"] for i in train_items if (i["domain"], i["task"]) == (d, t))
         common[d, t] = seen.most_common(1)[0][0] if seen else ""
     given = {"model": answers(model, features, items),
-             "deaf": answers(model, silence, items, lambda item: 0),
-             "wrong clip": answers(model, features, items, lambda item: other[item["clip"]]),
-             "commonest": [common[item["domain"], item["task"]] for item in items]}
+             "deaf": answers(model, silence, items, lambda item: 0)}
+    if other:
+        given["wrong clip"] = answers(model, features, items, lambda item: other[item["clip"]])
+    given["commonest"] = [common[item["domain"], item["task"]] for item in items]
     rows = {}
     for i, item in enumerate(items):
         for key in ((item["domain"], item["task"]), (item["domain"], "all"), ("all", "all")):
