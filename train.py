@@ -496,7 +496,8 @@ def table(model, features, items, train_items):
     given["commonest"] = [common[item["domain"], item["task"]] for item in items]
     rows = {}
     for i, item in enumerate(items):
-        for key in ((item["domain"], item["task"]), (item["domain"], "all"), ("all", "all")):
+        # a set: a list called all.json has a domain "all", not to be counted twice
+        for key in {(item["domain"], item["task"]), (item["domain"], "all"), ("all", "all")}:
             rows.setdefault(key, []).append([given[c][i] == item["output"] for c in given])
     rows = {key: (len(r), *np.mean(r, axis=0).tolist()) for key, r in sorted(rows.items())}
     print(f"\n{'domain':<10}{'task':<16}{'questions':>10}" + "".join(f"{c:>12}" for c in given))
