@@ -434,6 +434,9 @@ def train(model, stages, train_set, val_set, o, log):
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not norm.isfinite():  # stop while the weights are whole and the last ones saved
+                raise ValueError(f"stage {stage.name}, step {i}: the loss is {loss.item():.3g} and "
+                                 "its gradient is not finite; try a lower --lr")
             optimizer.step()
             seconds, step = seconds + time.perf_counter() - began, step + 1
             if i % 10 == 0:
