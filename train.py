@@ -405,13 +405,19 @@ def set_trained(model, parts):
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def lessons(stage, items):
+    """The items that a stage learns from."""
+    known = [item for item in items if stage.tasks is None or item["task"] in stage.tasks]
+    return known if stage.steps else []
+
+
 def train(model, stages, train_set, val_set, o, log):
     """The curriculum. Returns seconds per step, data and evaluation left out."""
     dice, step, seconds = np.random.default_rng(o.seed), 0, 0.0
     for stage in stages:
         features, items = train_set
-        items = [item for item in items if stage.tasks is None or item["task"] in stage.tasks]
-        if not items or not stage.steps:
+        items = lessons(stage, items)
+        if not items:
             print(f"stage {stage.name}: nothing to learn from, left out")
             continue
         parameters = set_trained(model, stage.trains)
@@ -700,9 +706,10 @@ def main(o):
     o = replace(o, out=o.out or f"out/{o.mode}")
     if o.prepare:
         return prepare(o)
-    device = pick_device(o.device)
+    if not o.data and (o.val_data or o.audio_root):
+        raise ValueError("--val-data and --audio-root say more about --data, which is missing")
     torch.manual_seed(o.seed)
-    model = load_base(o.base, o.mode, {"whisper": 4, "sslam": 4}).to(device)
+    model = load_base(o.base, o.mode, {"whisper": 4, "sslam": 4})
     if o.data:
         train_data = own(o.data, o.audio_root)
         val_data = test_data = own(o.val_data, o.audio_root) if o.val_data else train_data
@@ -712,13 +719,17 @@ def main(o):
         train_data, val_data, test_data = (
             world(split, clips, o.seed)
             for split, clips in (("train", o.clips), ("val", 30), ("test", o.test_clips)))
+    if not any(lessons(stage, train_data[1]) for stage in curriculum(o)):
+        raise ValueError("nothing to train: no stage has both steps and questions of its tasks")
+    Path(o.out).mkdir(parents=True, exist_ok=True)
+    device = pick_device(o.device)
+    model.to(device)
     features = {}  # of each of the lists once, though two of them may be the same
     for clips, items in (train_data, val_data, test_data):
         if id(items) not in features:
             features[id(items)] = hear_all(model, clips)
             with_ids(model, items)
     sets = [(features[id(items)], items) for _, items in (train_data, val_data, test_data)]
-    Path(o.out).mkdir(parents=True, exist_ok=True)
     if not o.data:
         write_demo(*test_data)
     with open(f"{o.out}/metrics.jsonl", "w") as file:
