@@ -646,10 +646,14 @@ BASE = "prepared parts 1"
 def load_base(path, mode, windows):
     """An AudioLLM of the prepared parts, with new connectors."""
     saved = load_checkpoint(path, BASE)
-    llm = LLM(LLMConfig(**saved["llm_config"]))
-    encoders = {kind: make_encoder(kind) for kind in saved["state"] if kind != "llm"}
-    for name, part in {"llm": llm, **encoders}.items():
-        part.load_state_dict(saved["state"][name])
+    try:
+        llm = LLM(LLMConfig(**saved["llm_config"]))
+        encoders = {kind: make_encoder(kind) for kind in saved["state"] if kind != "llm"}
+        for name, part in {"llm": llm, **encoders}.items():
+            part.load_state_dict(saved["state"][name])
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise ValueError(f"{path}: made by another version of this code; make it anew with "
+                         f"--prepare ({e})") from None
     tokenizer = SentencePieceTokenizer(from_bytes(saved["tokenizer"]))
     return AudioLLM(llm, tokenizer, encoders, mode, windows)
 
