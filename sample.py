@@ -21,7 +21,10 @@ from integrate import AudioLLM
 
 # ------------------------------------------------------------------------------ command line
 
-def option(default, help, low=0, high=2 ** 63 - 1, **kwargs):
+HUGE = 2 ** 63 - 1  # the largest seed
+
+
+def option(default, help, low=0, high=HUGE, **kwargs):
     """A field of a configuration dataclass that is a command-line option too. Its value, if it is
     a number, lies within low..high."""
     return field(default=default, metadata={"help": help, "range": (low, high), **kwargs})
@@ -59,7 +62,8 @@ def command_line(config, doc, main):
         if isinstance(value, str) and not value.strip():  # or "$FORGOTTEN" would be the default
             parser.error(f"{flag} is empty")
         if isinstance(value, (int, float)) and not low <= value <= high:  # nan is nowhere
-            parser.error(f"{flag} {value}: expected a number from {low:g} to {high:g}")
+            limit = "or more, and finite" if high == HUGE else f"to {high:g}"
+            parser.error(f"{flag} {value}: expected {low:g} {limit}")
     try:
         main(config(**given))
     except ValueError as e:
