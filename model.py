@@ -266,16 +266,16 @@ class LLM(nn.Module):
         self.apply(self._initialise)
 
     def _initialise(self, module):
-        # std 0.02 as in GPT-2; what writes into the residual stream starts smaller by
-        # sqrt(2 * layers), so that the stream keeps its size
+        # std 1/sqrt(D), which is GPT-2's 0.02 at its sizes; what writes into the residual stream
+        # starts smaller by sqrt(2 * layers), so that the stream keeps its size
+        std = self.config.hidden_size ** -0.5
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
         if isinstance(module, Block):
-            std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
-            nn.init.normal_(module.self_attn.o_proj.weight, std=std)
-            nn.init.normal_(module.mlp.down_proj.weight, std=std)
+            for out in (module.self_attn.o_proj, module.mlp.down_proj):
+                nn.init.normal_(out.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
 
     def embed(self, ids):
         return self.model.embed_tokens(ids)  # (B, T) -> (B, T, D)

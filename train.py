@@ -17,6 +17,7 @@ import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -389,6 +390,16 @@ def answer_loss(model, features, items):
     return F.cross_entropy(model.llm.head(hidden[answer]), ids[:, 1:][answer])
 
 
+def batches(items, size, dice):
+    """Batches without end: every item once before any comes again, similar lengths together."""
+    while True:
+        for pool in np.array_split(dice.permutation(len(items)), 1 + len(items) // (16 * size)):
+            pool = sorted(pool, key=lambda i: len(items[i]["ids"]))
+            groups = [pool[i:i + size] for i in range(0, len(pool), size)]
+            for i in dice.permutation(len(groups)):
+                yield [items[j] for j in groups[i]]
+
+
 def schedule(step, steps):
     """Share of the peak learning rate: linear warm-up over the first 5%, then a cosine to 5%."""
     warm = max(1, steps // 20)
@@ -426,13 +437,11 @@ def train(model, stages, train_set, val_set, o, log):
         print(f"stage {stage.name}: trains {' and '.join(stage.trains)}, {count:,} parameters, "
               f"{len(items):,} questions, {stage.steps} steps of {o.batch}, "
               f"learning rate {stage.lr:g}")
-        order = np.zeros(0, int)
         model.train()
+        supply = batches(items, o.batch, dice)
         bar = tqdm(range(stage.steps), desc=f"stage {stage.name}", leave=False, mininterval=1)
         for i in bar:
-            while len(order) < o.batch:
-                order = np.append(order, dice.permutation(len(items)))
-            chosen, order = [items[j] for j in order[:o.batch]], order[o.batch:]
+            chosen = next(supply)
             began = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = stage.lr * schedule(i, stage.steps)
@@ -595,34 +604,44 @@ def teach(kind, o):
     return encoder, head
 
 
-def diary(s, dice):
-    """A scene in words, in order of time, the way an AudioLLM will get it in tokens."""
-    step = dice.uniform(0.2, 0.4)
-    times = np.arange(dice.uniform(0, step), SECONDS, step)
-    return "".join(" " + word for kind in WORDS for word in heard(kind, s, times))
+def diary(s):
+    """What happens in a scene, in words and in order, the way an AudioLLM will get it in tokens."""
+    times = np.arange(0, SECONDS, 0.02)
+    return "".join(" " + word for kind in WORDS for word, _ in groupby(heard(kind, s, times)))
 
 
 def read_world(o):
     """A tokenizer and a small LLM that have read of the training scenes and heard none."""
     dice = np.random.default_rng(o.seed)
 
-    def pages(first, count, each):
-        for i in range(first, first + count):
-            s = scene("train", i % 50000, o.seed)
-            for q in dice.permutation(questions(s, dice))[:each]:
-                yield diary(s, dice), q["instruction"] + "\n", " " + q["output"]
+    def page(i):
+        """What happened in scene i, and three questions about it with their answers."""
+        s = scene("train", i % 50000, o.seed)
+        asked = dice.permutation(questions(s, dice))[:3]
+        return diary(s), [(q["instruction"] + "\n", " " + q["output"]) for q in asked]
 
-    tokenizer = train_tokenizer([part for page in pages(0, 3000, 4) for part in page],
-                                LLMConfig.vocab_size)
+    texts = []
+    for i in range(3000):
+        told, asked = page(i)
+        texts += [told, *(part for pair in asked for part in pair)]
+    tokenizer = train_tokenizer(texts, LLMConfig.vocab_size)
     llm = LLM(replace(LLMConfig(), vocab_size=tokenizer.vocab_size))
 
     def loss_of(step):
-        rows = [[tokenizer.bos_id] + sum((tokenizer.encode(part) for part in page), [])
-                + [tokenizer.eos_id] for page in pages(16 * step, 16, 3)]
-        T = max(map(len, rows))
-        ids = torch.tensor([row + [-100] * (T - len(row)) for row in rows])
-        logits = llm(ids[:, :-1].clamp(min=0))
-        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-100)
+        rows, learnt = [], []  # only answers are learnt: what happens in a clip is up to the clip
+        for i in range(24 * step, 24 * step + 24):
+            told, asked = page(i)
+            row = [tokenizer.bos_id] + tokenizer.encode(told)
+            mask = [False] * len(row)
+            for question, answer in asked:
+                for text, is_answer in ((question, False), (answer, True)):
+                    ids = tokenizer.encode(text) + [tokenizer.eos_id] * is_answer
+                    row, mask = row + ids, mask + [is_answer] * len(ids)
+            rows.append(torch.tensor(row))
+            learnt.append(torch.tensor(mask))
+        ids, learnt = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, learnt))
+        hidden = llm.model(llm.embed(ids[:, :-1]))
+        return F.cross_entropy(llm.head(hidden[learnt[:, 1:]]), ids[:, 1:][learnt[:, 1:]])
 
     fit(llm, loss_of, o.read_steps, 3e-3, "the LLM reads")
     return tokenizer, llm
