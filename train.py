@@ -378,16 +378,25 @@ def with_ids(model, items):
 # --------------------------------------------------------------------------------- training
 
 def answer_loss(model, features, items):
-    """Mean cross-entropy of the answer's tokens, end of text included, for a batch of items."""
+    """Mean over a batch of questions of the mean cross-entropy of each answer's tokens, end of text
+    included: a yes counts as much as a caption."""
     T = max(len(item["ids"]) for item in items)
     ids = torch.tensor([item["ids"] + [0] * (T - len(item["ids"])) for item in items])
-    answer = torch.tensor([[item["start"] <= t < len(item["ids"]) for t in range(1, T)]
-                           for item in items])
-    device = model.llm.model.embed_tokens.weight.device
-    ids, answer = ids.to(device), answer.to(device)
-    hidden = model([features[item["clip"]] for item in items], ids[:, :-1])  # (B, T-1, D)
-    # only positions whose next token belongs to an answer need logits
-    return F.cross_entropy(model.llm.head(hidden[answer]), ids[:, 1:][answer])
+    weights = torch.tensor([answer_weights(item["start"], len(item["ids"]), T) for item in items])
+    hidden = model([features[item["clip"]] for item in items], ids[:, :-1].to(model.device))
+    return weighted_loss(model.llm, hidden, ids.to(model.device), weights.to(model.device))
+
+
+def answer_weights(start, end, T):
+    """Weights (T,) that sum to one over the answer's tokens, start..end."""
+    return [1 / (end - start) if start <= t < end else 0.0 for t in range(T)]
+
+
+def weighted_loss(llm, hidden, ids, weights):
+    """Cross-entropy of ids (B, T) after hidden states (B, T-1, D), by weights (B, T), mean over B."""
+    chosen = weights[:, 1:] > 0  # only positions whose next token belongs to an answer need logits
+    losses = F.cross_entropy(llm.head(hidden[chosen]), ids[:, 1:][chosen], reduction="none")
+    return (losses * weights[:, 1:][chosen]).sum() / weights.sum()
 
 
 def batches(items, size, dice):
@@ -596,9 +605,10 @@ def teach(kind, o):
 
     def loss_of(step):
         batch = torch.randint(len(fronts), (16,))
-        tokens = encoder(fronts[batch])[:, encoder.extra:]
-        logits = head(tokens).unflatten(1, (T, bands)).mean(2)  # (B, T, words)
-        return F.cross_entropy(logits.flatten(0, 1), truth[batch].flatten())
+        logits = head(encoder(fronts[batch])[:, encoder.extra:])  # (B, T * bands, words)
+        # every token is to know what sounds at its time, also in a band that is silent
+        told = truth[batch].repeat_interleave(bands, dim=1)
+        return F.cross_entropy(logits.flatten(0, 1), told.flatten())
 
     fit(nn.ModuleList([encoder, head]), loss_of, o.hear_steps, 2e-3, f"{kind} learns to hear")
     return encoder, head
@@ -606,7 +616,7 @@ def teach(kind, o):
 
 def diary(s):
     """What happens in a scene, in words and in order, the way an AudioLLM will get it in tokens."""
-    times = np.arange(0, SECONDS, 0.02)
+    times = [0] + [t for _, start, end in s["events"] for t in ((start + end) / 2, end)]
     return "".join(" " + word for kind in WORDS for word, _ in groupby(heard(kind, s, times)))
 
 
@@ -628,20 +638,19 @@ def read_world(o):
     llm = LLM(replace(LLMConfig(), vocab_size=tokenizer.vocab_size))
 
     def loss_of(step):
-        rows, learnt = [], []  # only answers are learnt: what happens in a clip is up to the clip
+        rows, weights = [], []  # only answers are learnt: what happens in a clip is up to the clip
         for i in range(24 * step, 24 * step + 24):
             told, asked = page(i)
             row = [tokenizer.bos_id] + tokenizer.encode(told)
-            mask = [False] * len(row)
+            weight = [0.0] * len(row)
             for question, answer in asked:
-                for text, is_answer in ((question, False), (answer, True)):
-                    ids = tokenizer.encode(text) + [tokenizer.eos_id] * is_answer
-                    row, mask = row + ids, mask + [is_answer] * len(ids)
+                answer = tokenizer.encode(answer) + [tokenizer.eos_id]
+                row = row + tokenizer.encode(question) + answer
+                weight = weight + answer_weights(len(row) - len(answer), len(row), len(row))[len(weight):]
             rows.append(torch.tensor(row))
-            learnt.append(torch.tensor(mask))
-        ids, learnt = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, learnt))
-        hidden = llm.model(llm.embed(ids[:, :-1]))
-        return F.cross_entropy(llm.head(hidden[learnt[:, 1:]]), ids[:, 1:][learnt[:, 1:]])
+            weights.append(torch.tensor(weight))
+        ids, weights = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, weights))
+        return weighted_loss(llm, llm.model(llm.embed(ids[:, :-1])), ids, weights)
 
     fit(llm, loss_of, o.read_steps, 3e-3, "the LLM reads")
     return tokenizer, llm
