@@ -214,9 +214,6 @@ class AudioLLM(nn.Module):
     def prompt_ids(self, question):
         return self.tokenizer.encode(question.strip() + "\n")
 
-    def answer_ids(self, answer):
-        return self.tokenizer.encode(" " + answer.strip()) + [self.tokenizer.eos_id]
-
     def ask(self, cache, questions, rows=None, max_new_tokens=48, **sampling):
         """Answers (strings) to questions about what `hear` heard; question i is about clip rows[i].
 

@@ -27,7 +27,8 @@ from torch import nn
 from tqdm import tqdm
 
 from encoders import load_audio, make_encoder, resample, save_wav
-from integrate import (ROUTES, AudioLLM, from_bytes, load_checkpoint, save_atomically, to_bytes)
+from integrate import (ROUTES, AudioLLM, from_bytes, load_checkpoint, run, save_atomically, stack,
+                       to_bytes)
 from model import LLM, LLMConfig, SentencePieceTokenizer, train_tokenizer
 from sample import command_line, option, pick_device, read_items, tell_fit
 
@@ -317,6 +318,25 @@ def questions(scene, rng):
     return asked
 
 
+def checklist(s, dice):
+    """Was it there, what came after it: as some questions ask, in the fewest words.
+
+    A word that is answered on the spot teaches to look back for it. From whole sentences, with the
+    answer at their end, a small LLM would learn that only after hours.
+    """
+    names = [name for name, _, _ in s["events"]]
+    every = SYLLABLES if s["domain"] == "speech" else list(KINDS)
+    checks = []
+    for _ in range(4):
+        yes = dice.random() < 0.5
+        x = dice.choice(names if yes else [name for name in every if name not in names])
+        checks.append((f" {x}", "yes" if yes else "no"))
+    once = [i for i, name in enumerate(names[:-1]) if names.count(name) == 1]
+    for i in dice.permutation(once)[:2]:
+        checks.append((f" after {names[i]}", names[i + 1]))
+    return checks
+
+
 # ------------------------------------------------------------------------------------- data
 
 def world(split, clips, seed):
@@ -326,6 +346,9 @@ def world(split, clips, seed):
     for i, s in enumerate(scenes):
         rng = np.random.default_rng([seed, SPLITS.index(split), i, 1])
         items += [q | {"clip": i} for q in questions(s, rng)]
+        if split == "train":
+            items += [{"pairs": checklist(s, rng), "task": "checklist", "domain": s["domain"],
+                       "clip": i} for _ in range(2)]
     return [partial(clip_of_scene, s) for s in scenes], items
 
 
@@ -360,35 +383,47 @@ def hear_all(model, clips):
 
 
 def with_ids(model, items):
-    """Add to every item its token ids and where its answer starts."""
+    """Add to every item its token ids and their weights: see `conversation`."""
     for item in items:
-        prompt = model.prompt_ids(item["instruction"])
-        item["ids"], item["start"] = prompt + model.answer_ids(item["output"]), len(prompt)
+        pairs = item.get("pairs") or [(item["instruction"].strip() + "\n", item["output"])]
+        item["ids"], item["weights"] = conversation(model.tokenizer, pairs)
     return items
+
+
+def conversation(tokenizer, pairs):
+    """Token ids of prompts and answers in turn, and the weight of each: an answer's sum to one, so
+    that a yes counts as much as a caption, and a prompt's are zero, as it is not for the model to
+    say. An answer to a whole line ends with end of text."""
+    ids, weights = [], []
+    for prompt, answer in pairs:
+        prompt = tokenizer.encode(prompt)
+        answer = tokenizer.encode(" " + answer.strip())
+        if pairs[0][0].endswith("\n"):
+            answer.append(tokenizer.eos_id)
+        ids += prompt + answer
+        weights += [0.0] * len(prompt) + [1 / len(answer)] * len(answer)
+    return ids, weights
 
 
 # --------------------------------------------------------------------------------- training
 
 def answer_loss(model, features, items):
-    """Mean over a batch of questions of the mean cross-entropy of each answer's tokens, end of text
-    included: a yes counts as much as a caption."""
-    T = max(len(item["ids"]) for item in items)
-    ids = torch.tensor([item["ids"] + [0] * (T - len(item["ids"])) for item in items])
-    weights = torch.tensor([answer_weights(item["start"], len(item["ids"]), T) for item in items])
-    hidden = model([features[item["clip"]] for item in items], ids[:, :-1].to(model.device))
-    return weighted_loss(model.llm, hidden, ids.to(model.device), weights.to(model.device))
-
-
-def answer_weights(start, end, T):
-    """Weights (T,) that sum to one over the answer's tokens, start..end."""
-    return [1 / (end - start) if start <= t < end else 0.0 for t in range(T)]
+    """Mean over answers of the mean cross-entropy of each one's tokens, for a batch of items."""
+    ids = pad([torch.tensor(item["ids"]) for item in items]).to(model.device)
+    weights = pad([torch.tensor(item["weights"]) for item in items]).to(model.device)
+    hidden = model([features[item["clip"]] for item in items], ids[:, :-1])
+    return weighted_loss(model.llm, hidden, ids, weights)
 
 
 def weighted_loss(llm, hidden, ids, weights):
-    """Cross-entropy of ids (B, T) after hidden states (B, T-1, D), by weights (B, T), mean over B."""
+    """Cross-entropy of ids (B, T) given hidden states (B, T-1, D), by weights (B, T)."""
     chosen = weights[:, 1:] > 0  # only positions whose next token belongs to an answer need logits
     losses = F.cross_entropy(llm.head(hidden[chosen]), ids[:, 1:][chosen], reduction="none")
     return (losses * weights[:, 1:][chosen]).sum() / weights.sum()
+
+
+def pad(rows):
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), with zeros
 
 
 def batches(items, size, dice):
@@ -616,25 +651,6 @@ def diary(s):
     return "".join(" " + word for word, _ in groupby(words))
 
 
-def checklist(s, dice):
-    """Was it there, what came after it: as some questions ask, in the fewest words.
-
-    A word that is answered on the spot teaches to look back for it. From whole sentences, with the
-    answer at their end, a small LLM would learn that only after hours.
-    """
-    names = [name for name, _, _ in s["events"]]
-    every = SYLLABLES if s["domain"] == "speech" else list(KINDS)
-    checks = []
-    for _ in range(4):
-        yes = dice.random() < 0.5
-        x = dice.choice(names if yes else [name for name in every if name not in names])
-        checks.append((f" {x}", " yes" if yes else " no"))
-    once = [i for i, name in enumerate(names[:-1]) if names.count(name) == 1]
-    for i in dice.permutation(once)[:2]:
-        checks.append((f" after {names[i]}", f" {names[i + 1]}"))
-    return checks
-
-
 def read_world(o):
     """A tokenizer and a small LLM that have read of the training scenes and heard none."""
     dice = np.random.default_rng(o.seed)
@@ -642,31 +658,32 @@ def read_world(o):
     def page(i):
         """What happened in scene i; then, in any order, a checklist and two whole questions."""
         s = scene("train", i % 50000, o.seed)
-        asked = [(q["instruction"] + "\n", " " + q["output"])
+        asked = [(q["instruction"] + "\n", q["output"])
                  for q in dice.permutation(questions(s, dice))[:2]]
         checks = checklist(s, dice)
-        return diary(s), asked + checks if dice.random() < 0.5 else checks + asked
+        return diary(s), [asked, checks] if dice.random() < 0.5 else [checks, asked]
 
-    pages = [page(i) for i in range(3000)]
-    texts = [text for told, asked in pages for text in (told, *sum(asked, ()))]
+    texts = [diary(scene("train", i, o.seed)) for i in range(3000)]
+    for i in range(3000):
+        texts += [text for pairs in page(i)[1] for pair in pairs for text in pair]
     tokenizer = train_tokenizer(texts, LLMConfig.vocab_size)
     llm = LLM(replace(LLMConfig(), vocab_size=tokenizer.vocab_size))
 
     def loss_of(step):
-        rows, weights = [], []  # only answers are learnt: what happens in a clip is up to the clip
+        told, ids, weights = [], [], []
         for i in range(24 * step, 24 * step + 24):
-            told, asked = page(i)
-            row = [tokenizer.bos_id] + tokenizer.encode(told)
-            weight = [0.0] * len(row)
-            for question, answer in asked:
-                end = [tokenizer.eos_id] if question.endswith("\n") else []
-                question, answer = tokenizer.encode(question), tokenizer.encode(answer) + end
-                row += question + answer
-                weight += [0.0] * len(question) + [1 / len(answer)] * len(answer)
-            rows.append(torch.tensor(row))
-            weights.append(torch.tensor(weight))
-        ids, weights = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, weights))
-        return weighted_loss(llm, llm.model(llm.embed(ids[:, :-1])), ids, weights)
+            text, talks = page(i)
+            told.append(llm.embed(torch.tensor(tokenizer.encode(text))))
+            talks = [conversation(tokenizer, pairs) for pairs in talks]
+            ids.append(torch.tensor(talks[0][0] + talks[1][0]))
+            weights.append(torch.tensor(talks[0][1] + talks[1][1]))
+        ids, weights = pad(ids), pad(weights)
+        # half of all pages are read the one way, half the other, so that neither is strange
+        segments = [("plits", llm.embed(torch.tensor([[tokenizer.bos_id]])), None),
+                    (("plits", "lal")[step % 2], *stack(told)),
+                    ("plits", llm.embed(ids[:, :-1]), None)]
+        hidden = run(llm, segments)[:, 1 - ids.shape[1]:]
+        return weighted_loss(llm, hidden, ids, weights)
 
     fit(llm, loss_of, o.read_steps, 3e-3, "the LLM reads")
     return tokenizer, llm
@@ -717,7 +734,7 @@ def curriculum(o):
     lr = o.lr or LEARNING_RATES[o.mode]
     both = {"connectors": 3 * lr, "llm": lr}  # the connectors are new, the LLM knows something
     return (Stage("1", {"connectors": 3e-3}, ("classification",), o.steps1),
-            Stage("2", both, ("classification", "reasoning"), o.steps2),
+            Stage("2", both, ("classification", "reasoning", "checklist"), o.steps2),
             Stage("3", both, None, o.steps3))
 
 

@@ -465,8 +465,7 @@ def test_a_step_of_lal_takes_half_the_time_of_one_of_plits_or_less(base):
     batches = np.random.default_rng(0).permutation(train.with_ids(models["lal"], items))[:256]
     optimizers = {}
     for mode, model in models.items():
-        parameters = train.set_trained(model, ("connectors", "llm"))
-        optimizers[mode] = torch.optim.AdamW(parameters, lr=1e-4)
+        optimizers[mode] = train.optimizer_of(model, {"connectors": 1e-4, "llm": 1e-4})
     for at in range(0, 256, 32):
         for mode, model in models.items():
             began = time.perf_counter()
