@@ -1,0 +1,451 @@
+"""
+Sound to features: read a file, make its spectrogram, encode it into a grid of tokens.
+
+The ears of the paper (section 3, "audio encoders"): Whisper for speech, SSLAM for sound at large.
+They are the originals' architectures, with the originals' parameter names, at the originals'
+sizes, and each has a miniature beside them that a laptop trains. Nothing here knows of LLMs.
+
+    python -c "import encoders as e; w = e.load_audio('clip.wav', 16000); \
+               m = e.make_encoder('sslam'); print(m(m.front_end(w[None])).shape, m.grid)"
+
+Letters: B batch, N tokens, D width, H heads, F frames of a spectrogram, M its mel bands.
+"""
+
+import math
+import struct
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+# (format tag, bits) of a WAV -> how numpy reads one sample; 24 bits have no numpy type
+WAV_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "u1", (1, 32): "<i4",
+             (3, 32): "<f4", (3, 64): "<f8"}
+CONVERT = "convert it, for example: ffmpeg -i IN -c:a pcm_s16le OUT.wav"
+
+
+def load_audio(path, rate):
+    """
+    Read a sound file as (samples,) float32 in [-1, 1], channels averaged, at `rate` Hz.
+
+    WAV is read here; flac, ogg, mp3 and the rest through soundfile, if that is installed.
+    Raises ValueError, one line: which file, what is wrong with it, what to do.
+    """
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    if raw[:4] == b"RIFF" and raw[8:12] == b"WAVE":
+        wave, file_rate = read_wav(path, raw)
+    else:
+        wave, file_rate = read_other(path, raw)
+    if len(wave) == 0:
+        raise ValueError(f"{path}: holds no samples (0 s of sound); record it again")
+    wave = wave.mean(1)  # (samples, channels) -> (samples,)
+    if not np.isfinite(wave).all():
+        raise ValueError(f"{path}: holds NaN or infinite samples; {CONVERT}")
+    return resample(torch.from_numpy(wave), file_rate, rate)
+
+
+def read_wav(path, raw):
+    """The bytes of a RIFF WAVE file -> (samples, channels) float32 array and its rate in Hz."""
+    at, header = 12, b""
+    while at + 8 <= len(raw):
+        name, size = struct.unpack_from("<4sI", raw, at)
+        at += 8
+        if name == b"data":
+            break
+        if name == b"fmt ":
+            header = raw[at:at + size]
+        at += size + size % 2  # a chunk of odd length is followed by a padding byte
+    else:
+        raise ValueError(f"{path}: a WAV file without a data chunk; copy or record it again")
+    if size == 0xFFFFFFFF:  # written to a pipe, its length not known beforehand
+        size = len(raw) - at
+    if size > len(raw) - at:
+        raise ValueError(f"{path}: truncated, its header promises {size} bytes of sound and "
+                         f"{len(raw) - at} are there; copy it again")
+    if len(header) < 16:
+        raise ValueError(f"{path}: a WAV file without a format header; {CONVERT}")
+    tag, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", header)
+    if tag == 0xFFFE and len(header) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the tag opens the sub-format
+        tag, = struct.unpack_from("<H", header, 24)
+    if (tag, bits) not in WAV_TYPES:
+        raise ValueError(f"{path}: WAV codec {tag} with {bits} bits, neither PCM nor float; {CONVERT}")
+    if channels == 0 or not 100 <= rate <= 1_000_000:
+        raise ValueError(f"{path}: its header says {channels} channels at {rate} Hz; {CONVERT}")
+
+    dtype = np.dtype(WAV_TYPES[tag, bits])
+    size -= size % (channels * bits // 8)
+    data = np.frombuffer(raw, dtype, size // dtype.itemsize, at)
+    if bits == 24:  # the upper three bytes of an int32
+        wide = np.zeros((size // 3, 4), np.uint8)
+        wide[:, 1:] = data.reshape(-1, 3)
+        data = wide.view("<i4")[:, 0]
+    with np.errstate(over="ignore"):  # a double beyond float32 becomes inf, which is refused
+        wave = data.astype(np.float32).reshape(-1, channels)
+    if bits == 8:  # the only unsigned format
+        wave -= 128
+    return wave if tag == 3 else wave / 2.0 ** (8 * data.dtype.itemsize - 1), rate
+
+
+def read_other(path, raw):
+    """As read_wav, for whatever libsndfile knows."""
+    if not raw:
+        raise ValueError(f"{path}: empty file; copy or record it again")
+    try:
+        import soundfile
+        return soundfile.read(path, dtype="float32", always_2d=True)
+    except ImportError:
+        raise ValueError(f"{path}: not a WAV file; for flac, ogg and mp3: pip install soundfile"
+                         ) from None
+    except (RuntimeError, TypeError) as error:  # LibsndfileError is a RuntimeError
+        raise ValueError(f"{path}: not a sound file ({error}); {CONVERT}") from None
+
+
+def save_wav(path, wave, rate):
+    """Write (samples,) in [-1, 1], clipped to that, as a 16-bit mono WAV."""
+    data = (wave * 32768).round().clamp(-32768, 32767).short().numpy().astype("<i2").tobytes()
+    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16,
+                         1, 1, rate, 2 * rate, 2, 16, b"data", len(data))
+    Path(path).write_bytes(header + data)
+
+
+def resample(wave, old, new, zeros=6, rolloff=0.99):
+    """
+    (samples,) at `old` Hz -> (ceil(samples * new / old),) at `new` Hz.
+
+    Band-limited interpolation, out(m) = sum_n x(n) h(n / old - m / new): h is a sinc cut off at
+    `rolloff` of the lower Nyquist frequency, under a Hann window `zeros` crossings wide. The same
+    sum as torchaudio.functional.resample with its defaults.
+    """
+    if old == new:
+        return wave
+    length = math.ceil(len(wave) * new / old)
+    old, new = old // math.gcd(old, new), new // math.gcd(old, new)
+    cutoff = min(old, new) * rolloff
+    reach = math.ceil(zeros * old / cutoff)  # how many inputs h extends to either side
+    blocks = math.ceil(length / new)  # every `new` outputs the same filters meet `old` new inputs
+    x = F.pad(wave, (reach, blocks * old + reach + 1 - len(wave)))
+    out = wave.new_empty(blocks, new)
+    # Some filters at a time: 44101 -> 16000 Hz has 16000 of them, nearly all of each zero.
+    for p in range(0, new, 256):
+        phase = torch.arange(p, min(p + 256, new), dtype=torch.float64)[:, None]
+        first, last = p * old // new, int(phase[-1]) * old // new + 2 * reach + 1
+        near = torch.arange(first, last + 1, dtype=torch.float64)
+        t = (((near - reach) / old - phase / new) * cutoff).clamp(-zeros, zeros)
+        h = torch.sinc(t) * torch.cos(t * math.pi / zeros / 2) ** 2 * cutoff / old
+        rows = x[first:].unfold(0, len(near), old)[:blocks]  # (blocks, inputs)
+        out[:, p:p + 256] = rows @ h.to(wave.dtype).T
+    return out.flatten()[:length]
+
+
+# ---------------------------------------------------------------------------------------------
+# Mel banks, in float64 as their originals, rounded at the end: (frequency bins, mels) float32
+
+def slaney_bank(mels, bins, rate, low, high):
+    """Triangles of equal area, linear in Hz; their corners linear to 1 kHz, logarithmic above."""
+    corner, step = 15.0, math.log(6.4) / 27
+
+    def to_mel(f):
+        return f * 3 / 200 if f < 1000 else corner + math.log(f / 1000) / step
+
+    mel = np.linspace(to_mel(low), to_mel(high), mels + 2)
+    hz = np.where(mel < corner, mel * 200 / 3, 1000 * np.exp((mel - corner) * step))
+    bank = triangles(np.linspace(0, rate / 2, bins), hz).astype(np.float32)
+    return torch.from_numpy(bank * (2 / (hz[2:] - hz[:-2])).astype(np.float32))
+
+
+def kaldi_bank(mels, bins, rate, low, high):
+    """Triangles of equal height, linear in mel = 1127 ln(1 + f / 700); the Nyquist bin counts 0."""
+    low, high = 1127 * np.log1p(np.array([low, high]) / 700)
+    mel = 1127 * np.log1p(np.linspace(0, rate / 2, bins) / 700)
+    bank = triangles(mel, np.linspace(low, high, mels + 2))
+    bank[-1] = 0
+    return torch.from_numpy(bank.astype(np.float32))
+
+
+def triangles(points, corners):
+    """(bins,), (mels + 2,) on any one scale -> (bins, mels): band m rises from corner m to m + 1,
+    where it is 1, and falls to m + 2."""
+    left, peak, right = corners[:-2], corners[1:-1], corners[2:]
+    points = points[:, None]
+    rise, fall = (points - left) / (peak - left), (right - points) / (right - peak)
+    return np.maximum(0, np.minimum(rise, fall))
+
+
+# ---------------------------------------------------------------------------------------------
+# What the encoders share
+
+class Encoder(nn.Module):
+    """
+    A clip becomes features, features become tokens:
+
+        encoder.front_end(wave (B, samples) at encoder.rate) -> features, float32
+        encoder(features) -> (B, N, D), N = extra + steps * bands
+
+    Every clip fills one window of `seconds`: shorter ones are padded, of longer ones the first
+    window is heard. After `extra` leading tokens (SSLAM's cls) come the tokens of `grid` =
+    (time steps, frequency bands), time first: token extra + t * bands + f.
+    """
+    extra = 0
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.width, self.seconds = config, config.width, config.seconds
+
+    def tokens(self, seconds):
+        """How many of the grid's time steps, from the first on, carry a clip of so many seconds."""
+        steps = self.grid[0]
+        return min(steps, max(1, math.ceil(round(seconds * steps / self.seconds, 6))))
+
+    @torch.no_grad()
+    def front_end(self, wave):
+        """
+        (B, samples) -> this encoder's features. Clips of unequal length come as a list of
+        (samples,): each is padded as if it were alone, which padded waves would not be.
+        """
+        if isinstance(wave, (list, tuple)):
+            return torch.cat([self.front_end(clip[None]) for clip in wave])
+        assert wave.ndim == 2 and wave.shape[1] > 0, f"wanted (B, samples), got {wave.shape}"
+        if wave.shape[1] > math.ceil(self.seconds * self.rate):
+            warnings.warn(f"{type(self).__name__} hears the first {self.seconds:g} s of a clip; "
+                          "some are longer", stacklevel=2)
+        return self.spectrogram(wave.float())
+
+
+class Attention(nn.Module):
+    """Self-attention with q, k and v in one matrix, as in timm, SSLAM and HTSAT."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, mask=None):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).movedim((-3, -2), (0, -3))
+        x = F.scaled_dot_product_attention(q, k, v, mask)  # (..., H, N, D/H)
+        return self.proj(x.transpose(-3, -2).flatten(-2))  # (..., N, D)
+
+
+class MLP(nn.Module):
+    """D -> 4D -> D, with the names of timm."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Whisper (Radford et al. 2022; names and sizes of openai/whisper): speech
+
+@dataclass(frozen=True)
+class WhisperConfig:
+    mels: int = 80
+    width: int = 384
+    layers: int = 4
+    heads: int = 0          # 0: one for every 64 of width, as in all real ones
+    seconds: float = 30.0
+
+
+WHISPER_SIZES = {
+    "tiny": WhisperConfig(),
+    "base": WhisperConfig(width=512, layers=6),
+    "small": WhisperConfig(width=768, layers=12),
+    "medium": WhisperConfig(width=1024, layers=24),
+    "large-v2": WhisperConfig(width=1280, layers=32),
+    "large-v3": WhisperConfig(mels=128, width=1280, layers=32),  # and turbo
+    "mini": WhisperConfig(width=128, layers=3, seconds=4.0),
+}
+
+
+class WhisperAttention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width, bias=False)  # a bias would shift all scores alike
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, D/H)
+                   for part in (self.query, self.key, self.value))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class WhisperBlock(nn.Module):
+    """Pre-LN: each part reads a normalised copy and adds to the stream."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn = WhisperAttention(width, heads)
+        self.attn_ln = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(),
+                                 nn.Linear(4 * width, width))
+        self.mlp_ln = nn.LayerNorm(width)
+
+    def forward(self, x):
+        x = x + self.attn(self.attn_ln(x))
+        return x + self.mlp(self.mlp_ln(x))
+
+
+class Whisper(Encoder):
+    """Features (B, M, F), a frame each 10 ms -> (B, F/2, D), a token each 20 ms."""
+    rate, Config, sizes = 16000, WhisperConfig, WHISPER_SIZES
+
+    def __init__(self, config):
+        super().__init__(config)
+        d = config.width
+        self.frames = round(config.seconds * 100)
+        self.grid = (math.ceil(self.frames / 2), 1)
+        self.window = torch.from_numpy(np.hanning(401)[:-1].astype(np.float32))  # periodic
+        self.bank = slaney_bank(config.mels, 201, self.rate, 0, 8000)
+        self.conv1 = nn.Conv1d(config.mels, d, 3, padding=1)
+        self.conv2 = nn.Conv1d(d, d, 3, stride=2, padding=1)
+        self.register_buffer("positional_embedding", sinusoids(self.grid[0], d))
+        heads = config.heads or d // 64
+        self.blocks = nn.ModuleList(WhisperBlock(d, heads) for _ in range(config.layers))
+        self.ln_post = nn.LayerNorm(d)
+
+    def spectrogram(self, wave):
+        samples = self.frames * 160
+        wave = F.pad(wave, (0, max(0, samples - wave.shape[1])))[:, :samples]
+        mel = power_spectrum(wave, self.window, 160)[:, :-1] @ self.bank.to(wave.device)
+        x = mel.clamp(min=1e-10).log10()
+        x = torch.maximum(x, x.amax((1, 2), keepdim=True) - 8)  # 80 dB below each clip's own peak
+        return ((x + 4) / 4).transpose(1, 2)  # (B, F, M) -> (B, M, F)
+
+    def forward(self, x):
+        x = F.gelu(self.conv1(x.to(self.conv1.weight.dtype)))  # (B, M, F) -> (B, D, F)
+        x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, F/2, D)
+        x = x + self.positional_embedding[:x.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.ln_post(x)
+
+
+def power_spectrum(wave, window, hop):
+    """(B, samples) -> (B, 1 + samples / hop, bins): |STFT|^2, frames centred, ends reflected."""
+    window = window.to(wave.device)
+    x = torch.stft(wave, len(window), hop, window=window, return_complex=True)
+    return (x.real.square() + x.imag.square()).transpose(1, 2)
+
+
+def sinusoids(length, width):
+    """(length, width): sin(p w_i) in the first half, cos in the second, w from 1 to 1 / 10000."""
+    i = np.arange(width // 2)
+    angle = np.arange(length)[:, None] * np.exp(-math.log(10000) / (width // 2 - 1) * i)
+    return torch.from_numpy(np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32))
+
+
+# ---------------------------------------------------------------------------------------------
+# SSLAM (Alex et al., ICLR 2025; the architecture of EAT, names of its Hugging Face port): sounds
+
+@dataclass(frozen=True)
+class SSLAMConfig:
+    width: int = 768
+    layers: int = 12
+    heads: int = 0          # 0: one for every 64 of width
+    seconds: float = 10.24  # 1024 frames of 10 ms; frames come in columns of 16
+
+
+SSLAM_SIZES = {
+    "base": SSLAMConfig(),
+    "large": SSLAMConfig(width=1024, layers=24),  # EAT-large
+    "mini": SSLAMConfig(width=128, layers=3, seconds=4.0),
+}
+
+
+class SSLAMBlock(nn.Module):
+    """Post-LN: the stream itself is normalised after each part."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x):
+        x = self.norm1(x + self.attn(x))
+        return self.norm2(x + self.mlp(x))
+
+
+class SSLAM(Encoder):
+    """Features (B, 1, F, 128), a frame each 10 ms -> (B, 1 + F/16 * 8, D): cls, then patches."""
+    rate, extra, Config, sizes = 16000, 1, SSLAMConfig, SSLAM_SIZES
+
+    def __init__(self, config):
+        super().__init__(config)
+        d = config.width
+        self.frames = round(config.seconds * 100)
+        assert self.frames % 16 == 0, f"{config.seconds} s are not a multiple of 0.16 s"
+        self.grid = (self.frames // 16, 8)
+        self.window = torch.from_numpy(np.hanning(400).astype(np.float32))  # not periodic
+        self.bank = kaldi_bank(128, 257, self.rate, 20, 8000)
+        self.extra_tokens = nn.Parameter(nn.init.normal_(torch.empty(1, 1, d), std=0.02))
+        self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(1, d, 16, stride=16)})
+        self.fixed_positional_encoder = nn.Module()
+        self.fixed_positional_encoder.register_buffer("positions", grid_sinusoids(*self.grid, d))
+        self.pre_norm = nn.LayerNorm(d, eps=1e-6)
+        heads = config.heads or d // 64
+        self.blocks = nn.ModuleList(SSLAMBlock(d, heads) for _ in range(config.layers))
+
+    def spectrogram(self, wave):
+        wave = wave - wave.mean(1, keepdim=True)  # of the whole clip, also of what is cut off
+        wave = F.pad(wave, (0, max(0, 400 - wave.shape[1])))  # at least one frame
+        x = wave[:, :240 + self.frames * 160].unfold(1, 400, 160)  # (B, F, 400)
+        x = x - x.mean(2, keepdim=True)
+        x = x - 0.97 * F.pad(x, (1, 0), mode="replicate")[..., :-1]  # pre-emphasis, by the frame
+        x = torch.fft.rfft(x * self.window.to(x.device), 512)
+        mel = (x.real.square() + x.imag.square()) @ self.bank.to(wave.device)
+        x = mel.clamp(min=2.0 ** -23).log()
+        # Zeros first, normalisation after: to the model padding is 0.467, not 0 and not silence.
+        x = F.pad(x, (0, 0, 0, self.frames - x.shape[1]))
+        return ((x + 4.268) / (2 * 4.569))[:, None]  # (B, 1, F, 128)
+
+    def forward(self, x):
+        proj = self.local_encoder["proj"]
+        x = proj(x.to(proj.weight.dtype)).flatten(2).transpose(1, 2)  # (B, F/16 * 8, D)
+        x = x + self.fixed_positional_encoder.positions[:, :x.shape[1]]
+        x = torch.cat([self.extra_tokens.expand(len(x), -1, -1), x], 1)  # cls has no position
+        x = self.pre_norm(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def grid_sinusoids(steps, bands, width):
+    """(1, steps * bands, width): the band's place in the first half, the time step's in the second,
+    each as [sin, cos] of place * 10000^(-i / (width / 4))."""
+    omega = 10000.0 ** -(np.arange(width // 4) / (width // 4))
+    t, f = np.divmod(np.arange(steps * bands), bands)
+    angle = np.stack([f, t], 1)[:, :, None] * omega  # (N, 2, D/4)
+    table = np.concatenate([np.sin(angle), np.cos(angle)], 2).reshape(1, -1, width)
+    return torch.from_numpy(table.astype(np.float32))
+
+
+# ---------------------------------------------------------------------------------------------
+
+ENCODERS = {"whisper": Whisper, "sslam": SSLAM}
+
+
+def make_encoder(kind, size="mini"):
+    """A new encoder with random weights, of one of ENCODERS[kind].sizes."""
+    assert kind in ENCODERS, f"{kind}: not one of {', '.join(ENCODERS)}"
+    sizes = ENCODERS[kind].sizes
+    assert size in sizes, f"{size}: not one of {', '.join(sizes)}"
+    return ENCODERS[kind](sizes[size])

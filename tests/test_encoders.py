@@ -1,0 +1,411 @@
+"""
+The ears: every file format and every bad file, each front end against a slow second version of
+itself, each encoder against an independent composition.   python -m pytest tests/test_encoders.py
+"""
+
+import math
+import struct
+import sys
+import wave as wave_module
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from encoders import (ENCODERS, SSLAM, SSLAMConfig, Whisper, WhisperConfig, load_audio,
+                      make_encoder, resample, save_wav)
+
+
+def randomise(module, seed=0):
+    """Every parameter and buffer at random and far from its start: a zero bias hides errors."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        scale = 0.3 if p.ndim == 1 else p[0].numel() ** -0.5
+        p.data = torch.randn(p.shape, generator=g) * scale + (1.0 if "norm" in name and
+                                                              name.endswith("weight") else 0)
+    return module.eval()
+
+
+def clip(seconds, rate=16000, seed=0):
+    """A chirp in noise, with an offset: something for every mel band, and a mean to subtract."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * rate)) / rate
+    x = 0.3 * np.sin(2 * np.pi * (200 + 700 * t) * t) + 0.02 * rng.standard_normal(len(t)) + 0.05
+    return torch.from_numpy(x.astype(np.float32))
+
+
+def close(ours, theirs, relative):
+    theirs = torch.as_tensor(theirs)
+    assert ours.shape == theirs.shape
+    worst = (ours.double() - theirs.double()).abs().max() / theirs.abs().max()
+    assert worst < relative, f"differs by {worst:.1e} of the largest value"
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading files
+
+def riff(*chunks, kind=b"WAVE"):
+    body = b"".join(name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
+                    for name, data in chunks)
+    return b"RIFF" + struct.pack("<I", 4 + len(body)) + kind + body
+
+
+def fmt(tag, channels, rate, bits, extra=b""):
+    block = channels * bits // 8
+    return b"fmt ", struct.pack("<HHIIHH", tag, channels, rate, rate * block, block, bits) + extra
+
+
+def extensible(tag, channels, rate, bits):
+    guid = struct.pack("<H", tag) + bytes.fromhex("000000001000800000aa00389b71")
+    return fmt(0xFFFE, channels, rate, bits, struct.pack("<HHI", 22, bits, 0) + guid)
+
+
+VALUES = [0.0, 0.5, -0.5, -1.0, 0.25, 0.9921875, -0.0078125]  # exact in 8 bits
+ENCODE = {
+    (1, 8): lambda v: struct.pack("B", round(v * 128) + 128),
+    (1, 16): lambda v: struct.pack("<h", round(v * 2 ** 15)),
+    (1, 24): lambda v: struct.pack("<i", round(v * 2 ** 23))[:3],
+    (1, 32): lambda v: struct.pack("<i", round(v * 2 ** 31)),
+    (3, 32): lambda v: struct.pack("<f", v),
+    (3, 64): lambda v: struct.pack("<d", v),
+}
+
+
+@pytest.mark.parametrize("header", [fmt, extensible])
+@pytest.mark.parametrize("tag, bits", ENCODE)
+def test_every_wav_format_gives_the_samples_that_were_written(tmp_path, tag, bits, header):
+    data = b"".join(ENCODE[tag, bits](v) for v in VALUES)
+    junk = b"LIST", b"odd"  # an unknown chunk, of odd length, so padded
+    path = tmp_path / "a.wav"
+    path.write_bytes(riff(junk, header(tag, 1, 8000, bits), junk, (b"data", data), junk))
+    assert load_audio(path, 8000).tolist() == VALUES
+    assert load_audio(str(path), 8000).dtype == torch.float32
+
+
+@pytest.mark.parametrize("channels", [2, 3, 6])
+def test_channels_are_averaged(tmp_path, channels):
+    frames = np.random.default_rng(0).integers(-30000, 30000, (50, channels), dtype=np.int16)
+    with wave_module.open(str(tmp_path / "a.wav"), "wb") as f:
+        f.setparams((channels, 2, 16000, 50, "NONE", ""))
+        f.writeframes(frames.tobytes())
+    expected = frames.astype(np.float64).mean(1) / 32768
+    assert np.abs(load_audio(tmp_path / "a.wav", 16000).numpy() - expected).max() < 1e-7
+
+
+def test_a_wav_from_a_pipe_and_a_last_frame_cut_short(tmp_path):
+    raw = riff(fmt(1, 2, 16000, 16), (b"data", b"\0\x40" * 7))  # 3.5 frames of two channels
+    (tmp_path / "a.wav").write_bytes(raw.replace(struct.pack("<I", 14), b"\xff" * 4))
+    assert load_audio(tmp_path / "a.wav", 16000).tolist() == [0.5] * 3
+
+
+def test_save_wav_is_read_back_and_clips(tmp_path):
+    save_wav(tmp_path / "a.wav", torch.tensor([0.5, -1.0, 3.0, -3.0, 1e-5]), 16000)
+    assert load_audio(tmp_path / "a.wav", 16000).tolist() == [0.5, -1, 32767 / 32768, -1, 0]
+    with wave_module.open(str(tmp_path / "a.wav")) as f:
+        assert f.getparams()[:4] == (1, 2, 16000, 5)
+
+
+GOOD = riff(fmt(1, 1, 16000, 16), (b"data", b"\1\2" * 100))
+NAN = struct.pack("<3f", 0, math.nan, 0)
+BAD_FILES = {
+    "empty file": b"",
+    "not a WAV": b"Dear reader, this is no sound.",
+    "truncated, its header promises 200 bytes of sound and 150": GOOD[:-50],
+    "without a data chunk": GOOD[:30],
+    "without a format header": riff((b"data", b"1234")),
+    "without a format": riff((b"fmt ", b"\1\0"), (b"data", b"1234")),
+    "holds no samples": riff(fmt(1, 1, 16000, 16), (b"data", b"")),
+    "holds NaN": riff(fmt(3, 1, 16000, 32), (b"data", NAN)),
+    "infinite": riff(fmt(3, 1, 16000, 64), (b"data", struct.pack("<d", 1e300))),
+    "codec 6": riff(fmt(6, 1, 8000, 8), (b"data", b"1234")),
+    "12 bits": riff(fmt(1, 1, 8000, 12), (b"data", b"1234")),
+    "0 channels": riff(fmt(1, 0, 8000, 16), (b"data", b"1234")),
+    "at 0 Hz": riff(fmt(1, 1, 0, 16), (b"data", b"1234")),
+}
+
+
+def one_line(error, *words):
+    text = str(error.value)
+    assert "\n" not in text and all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("why", BAD_FILES)
+def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, why, monkeypatch):
+    monkeypatch.setitem(sys.modules, "soundfile", None)  # as if it were not installed
+    (tmp_path / "bad.wav").write_bytes(BAD_FILES[why])
+    with pytest.raises(ValueError) as error:
+        load_audio(tmp_path / "bad.wav", 16000)
+    one_line(error, "bad.wav", why, ";")
+
+
+@pytest.mark.parametrize("name, why", [("absent.wav", "No such file"), (".", "directory")])
+def test_no_such_file(tmp_path, name, why):
+    with pytest.raises(ValueError) as error:
+        load_audio(tmp_path / name, 16000)
+    one_line(error, str(tmp_path), why)
+
+
+def test_other_formats_go_through_soundfile_or_say_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.flac").write_bytes(b"fLaC")
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    with pytest.raises(ValueError) as error:
+        load_audio(tmp_path / "a.flac", 16000)
+    one_line(error, "a.flac", "pip install soundfile")
+
+    class Stub:
+        def read(path, dtype, always_2d):
+            if "bad" in str(path):
+                raise RuntimeError("Format not recognised.")
+            return np.array([[0.5, 0.25]], np.float32), 16000
+
+    monkeypatch.setitem(sys.modules, "soundfile", Stub)
+    assert load_audio(tmp_path / "a.flac", 16000).tolist() == [0.375]
+    (tmp_path / "bad.flac").write_bytes(b"fLaC")
+    with pytest.raises(ValueError) as error:
+        load_audio(tmp_path / "bad.flac", 16000)
+    one_line(error, "bad.flac", "not recognised")
+
+
+# ---------------------------------------------------------------------------------------------
+# Resampling
+
+def slow_resample(x, old, new):
+    """The sum itself, in float64, an output at a time; rates as reduced by their common divisor."""
+    g = math.gcd(old, new)
+    old, new = old // g, new // g
+    cutoff, n = min(old, new) * 0.99, np.arange(len(x))
+    out = []
+    for m in range(math.ceil(len(x) * new / old)):
+        t = np.clip((n / old - m / new) * cutoff, -6, 6)
+        out.append((x * np.sinc(t) * np.cos(np.pi * t / 12) ** 2).sum() * cutoff / old)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("old, new", [(44100, 16000), (8000, 16000), (48000, 16000), (16000, 44100),
+                                      (22050, 16000), (11025, 16001), (32000, 48000)])
+def test_resample_is_the_windowed_sinc_sum(old, new):
+    x = np.random.default_rng(1).standard_normal(701)
+    ours = resample(torch.from_numpy(x).float(), old, new)
+    close(ours, slow_resample(x, old, new), 1e-5)
+
+
+def test_a_sine_stays_a_sine_and_what_cannot_be_heard_is_gone():
+    t = torch.arange(44100, dtype=torch.float64) / 44100
+    ours = resample(torch.sin(2 * math.pi * 1000 * t).float(), 44100, 16000)
+    expected = torch.sin(2 * math.pi * 1000 * torch.arange(16000) / 16000)
+    assert len(ours) == 16000
+    assert (ours - expected)[100:-100].abs().max() < 2e-3
+    too_high = resample(torch.sin(2 * math.pi * 12000 * t).float(), 44100, 16000)
+    assert too_high[100:-100].abs().max() < 2e-3
+
+
+def test_rates_without_a_common_divisor_need_no_more_memory_than_others():
+    assert len(resample(torch.ones(44101), 44101, 16000)) == 16000  # all at once: 2.8 GB
+
+
+# ---------------------------------------------------------------------------------------------
+# Front ends, each against a slow numpy version
+
+def slow_whisper(x, mels, seconds):
+    samples = round(seconds * 16000)
+    x = np.pad(x.astype(np.float64), (0, max(0, samples - len(x))))[:samples]
+    x = np.pad(x, 200, mode="reflect")
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
+    power = [np.abs(np.fft.fft(x[i:i + 400] * window)[:201]) ** 2 for i in range(0, samples, 160)]
+
+    def hz_of(mel):
+        return mel * 200 / 3 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27)
+
+    top = 15 + 27 * math.log(8) / math.log(6.4)  # 8000 Hz
+    f = [hz_of(top * i / (mels + 1)) for i in range(mels + 2)]
+    bank = np.zeros((201, mels))
+    for k in range(201):
+        for m in range(mels):
+            up = (k * 40 - f[m]) / (f[m + 1] - f[m])
+            down = (f[m + 2] - k * 40) / (f[m + 2] - f[m + 1])
+            bank[k, m] = max(0, min(up, down)) * 2 / (f[m + 2] - f[m])
+    log = np.log10(np.maximum(np.array(power) @ bank, 1e-10)).T
+    return (np.maximum(log, log.max() - 8) + 4) / 4
+
+
+@pytest.mark.parametrize("mels, seconds", [(80, 4.0), (80, 2.0), (128, 2.5)])
+def test_whisper_front_end(mels, seconds):
+    wave = clip(2.3)  # padded to the first window, cut to the second
+    encoder = Whisper(WhisperConfig(mels, 64, 1, seconds=seconds))
+    with torch.no_grad():
+        ours = encoder.front_end(wave[None, :round(seconds * 16000)])
+    theirs = slow_whisper(wave.numpy(), mels, seconds)
+    assert ours.shape == (1, mels, seconds * 100)
+    assert np.abs(ours[0].numpy() - theirs).max() < 1e-3
+
+
+def slow_kaldi(x):
+    """Kaldi's fbank of 128 bins with torchaudio's settings for AudioSet models, frame by frame."""
+    x = x.astype(np.float64) - x.astype(np.float64).mean()
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)
+
+    def mel(f):
+        return 1127 * math.log(1 + f / 700)
+
+    low, step = mel(20), (mel(8000) - mel(20)) / 129
+    bank = np.zeros((256, 128))
+    for k in range(256):
+        for m in range(128):
+            place = (mel(k * 31.25) - low) / step - m  # 0, 1, 2 at the triangle's corners
+            bank[k, m] = max(0, min(place, 2 - place))
+    rows = []
+    for i in range(1 + (len(x) - 400) // 160):
+        frame = x[i * 160:i * 160 + 400]
+        frame = frame - frame.mean()
+        frame = np.append(frame[0] * 0.03, frame[1:] - 0.97 * frame[:-1]) * window
+        power = np.abs(np.fft.fft(np.pad(frame, (0, 112)))[:256]) ** 2
+        rows.append(np.log(np.maximum(power @ bank, 1.1920929e-07)))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("seconds", [4.0, 1.237, 5.1])
+def test_sslam_front_end(seconds):
+    wave = clip(seconds)
+    rows = slow_kaldi(wave.numpy())
+    assert len(rows) == 1 + (len(wave) - 400) // 160
+    rows = np.pad(rows, ((0, max(0, 400 - len(rows))), (0, 0)))[:400]  # zeros, then normalised
+    with pytest.warns(match="first 4 s") if seconds > 4 else no_warning():
+        ours = make_encoder("sslam").front_end(wave[None])
+    assert np.abs(ours[0, 0].numpy() - (rows + 4.268) / 9.138).max() < 1e-3
+    if seconds < 4:
+        assert abs(ours[0, 0, -1, 0].item() - 0.46706) < 1e-5
+
+
+def no_warning():
+    import warnings
+    context = warnings.catch_warnings()
+    warnings.simplefilter("error")
+    return context
+
+
+# ---------------------------------------------------------------------------------------------
+# Encoders
+
+def test_whisper_by_another_composition():
+    """nn.MultiheadAttention and Conv1d as unfolded products in place of the module's own forward."""
+    encoder = randomise(Whisper(WhisperConfig(20, 128, 2, seconds=0.6)))
+    s, x = encoder.state_dict(), torch.randn(2, 20, 60)
+
+    def conv(x, name, stride):
+        x = F.pad(x, (1, 1)).unfold(2, 3, stride)  # (B, C, F, 3)
+        y = torch.einsum("bcfk,dck->bdf", x, s[name + ".weight"]) + s[name + ".bias"][:, None]
+        return y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))
+
+    h = conv(conv(x, "conv1", 1), "conv2", 2).transpose(1, 2)
+    i, p = torch.arange(64), torch.arange(30)[:, None]
+    angle = p * 10000.0 ** (-i / 63)
+    h = h + torch.cat([angle.sin(), angle.cos()], 1)
+    for n in range(2):
+        w = {k.removeprefix(f"blocks.{n}."): v for k, v in s.items() if f"blocks.{n}." in k}
+        attention = nn.MultiheadAttention(128, 2, batch_first=True)
+        names = "query", "key", "value"
+        attention.in_proj_weight.data = torch.cat([w[f"attn.{q}.weight"] for q in names])
+        attention.in_proj_bias.data = torch.cat([w["attn.query.bias"], torch.zeros(128),
+                                                 w["attn.value.bias"]])
+        attention.out_proj.weight.data = w["attn.out.weight"]
+        attention.out_proj.bias.data = w["attn.out.bias"]
+        y = F.layer_norm(h, (128,), w["attn_ln.weight"], w["attn_ln.bias"])
+        h = h + attention(y, y, y)[0]
+        y = F.layer_norm(h, (128,), w["mlp_ln.weight"], w["mlp_ln.bias"])
+        y = F.gelu(y @ w["mlp.0.weight"].T + w["mlp.0.bias"])
+        h = h + y @ w["mlp.2.weight"].T + w["mlp.2.bias"]
+    h = F.layer_norm(h, (128,), s["ln_post.weight"], s["ln_post.bias"])
+    close(encoder(x), h.detach(), 1e-5)
+
+
+def test_sslam_by_another_composition():
+    """Patches cut by hand, positions as a double loop, blocks as nn.TransformerEncoderLayer."""
+    encoder = randomise(SSLAM(SSLAMConfig(64, 2, heads=4, seconds=0.48)))
+    s, x = encoder.state_dict(), torch.randn(2, 1, 48, 128)
+    rows = []
+    for t in range(3):
+        for f in range(8):
+            patch = x[:, 0, t * 16:t * 16 + 16, f * 16:f * 16 + 16].flatten(1)  # (B, 256)
+            position = [trig(place * 10000 ** (-i / 16)) for place in (f, t)
+                        for trig in (math.sin, math.cos) for i in range(16)]
+            rows.append(patch @ s["local_encoder.proj.weight"].flatten(1).T
+                        + s["local_encoder.proj.bias"] + torch.tensor(position))
+    h = torch.stack([s["extra_tokens"][0, 0].expand(2, -1)] + rows, 1)
+    h = F.layer_norm(h, (64,), s["pre_norm.weight"], s["pre_norm.bias"], 1e-6)
+    for n in range(2):
+        layer = nn.TransformerEncoderLayer(64, 4, 256, 0, "gelu", 1e-6, batch_first=True)
+        layer.load_state_dict({
+            theirs + end: s[f"blocks.{n}.{ours}{dot}{end}"]
+            for ours, theirs, dot in (("attn.qkv", "self_attn.in_proj_", "."),
+                                      ("attn.proj", "self_attn.out_proj.", "."),
+                                      ("mlp.fc1", "linear1.", "."), ("mlp.fc2", "linear2.", "."),
+                                      ("norm1", "norm1.", "."), ("norm2", "norm2.", "."))
+            for end in ("weight", "bias")})
+        h = layer(h)
+    close(encoder(x), h.detach(), 1e-5)
+
+
+def test_real_sizes():
+    with torch.device("meta"):
+        sslam = make_encoder("sslam", "base")
+        whisper = make_encoder("whisper", "large-v3")
+    assert sum(p.numel() for p in sslam.parameters()) == 85_254_144
+    assert (sslam.grid, sslam.extra, sslam.seconds) == ((64, 8), 1, 10.24)
+    assert (whisper.grid, whisper.blocks[0].attn.heads) == ((1500, 1), 20)
+    # Whisper large-v3's encoder, without its fixed positions
+    assert sum(p.numel() for p in whisper.parameters()) == 635_048_960
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_tokens_fill_the_grid_and_count_the_clip(kind):
+    encoder = make_encoder(kind).eval()
+    steps, bands = encoder.grid
+    features = encoder.front_end(clip(4.0).expand(2, -1))
+    out = encoder(features)
+    assert out.shape == (2, encoder.extra + steps * bands, encoder.width)
+    step = encoder.seconds / steps
+    for n in range(1, steps + 1):  # a clip that ends with step n, and one that just starts the next
+        assert encoder.tokens(n * step) == n
+        assert encoder.tokens(n * step + 0.001) == min(n + 1, steps)
+    assert encoder.tokens(0.001) == 1 and encoder.tokens(100) == steps
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_batch_gives_what_each_clip_gives_alone(kind):
+    encoder = randomise(make_encoder(kind))
+    clips = [clip(s, seed=i) * 10.0 ** -i for i, s in enumerate((4.0, 0.01, 1.7, 3.99))]
+    with torch.no_grad():
+        together = encoder(encoder.front_end(clips))
+        for row, alone in zip(together, clips):
+            close(row[None], encoder(encoder.front_end(alone[None])), 1e-5)
+    same = encoder.front_end(torch.stack([clips[0], clips[0] * 1e-3]))
+    close(same[1:], encoder.front_end(clips[0][None] * 1e-3), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_long_clip_is_heard_from_its_start_and_said_so(kind):
+    encoder, wave = make_encoder(kind), clip(7.0)
+    with pytest.warns(match="hears the first 4 s"):
+        long = encoder.front_end(wave[None])
+    offset = wave.mean() - wave[:64640].mean() if kind == "sslam" else 0  # it centres the whole
+    short = encoder.front_end((wave - offset)[None, :64000])
+    assert (long - short)[..., :390, :].abs().max() < 1e-3 if kind == "sslam" else long.equal(short)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_half_precision_listens_in_float32(kind):
+    encoder = make_encoder(kind).eval()
+    features = encoder.front_end(clip(4.0)[None])
+    exact = encoder(features).detach()
+    encoder.bfloat16()
+    assert encoder.front_end(clip(4.0)[None]).equal(features)
+    half = encoder(features).detach()
+    assert half.dtype == torch.bfloat16 and (half - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_silence_is_finite(kind):
+    encoder = make_encoder(kind)
+    assert encoder(encoder.front_end(torch.zeros(1, 64000))).isfinite().all()
