@@ -12,15 +12,18 @@ Letters: B batch, N tokens, D width, H heads, F frames of a spectrogram, M its m
 """
 
 import math
+import re
 import struct
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from model import load_tensors
 
 # ---------------------------------------------------------------------------------------------
 # Files
@@ -150,17 +153,22 @@ def resample(wave, old, new, zeros=6, rolloff=0.99):
 # ---------------------------------------------------------------------------------------------
 # Mel banks, in float64 as their originals, rounded at the end: (frequency bins, mels) float32
 
-def slaney_bank(mels, bins, rate, low, high):
-    """Triangles of equal area, linear in Hz; their corners linear to 1 kHz, logarithmic above."""
-    corner, step = 15.0, math.log(6.4) / 27
-
-    def to_mel(f):
-        return f * 3 / 200 if f < 1000 else corner + math.log(f / 1000) / step
-
-    mel = np.linspace(to_mel(low), to_mel(high), mels + 2)
-    hz = np.where(mel < corner, mel * 200 / 3, 1000 * np.exp((mel - corner) * step))
+def mel_bank(mels, bins, rate, low, high, scale="slaney"):
+    """Triangles linear in Hz, their corners evenly spaced on a mel scale. Slaney's is linear up to
+    1 kHz, logarithmic above, and its triangles have equal areas; HTK's have equal heights."""
+    if scale == "htk":
+        low, high = 2595 * np.log10(1 + np.array([low, high]) / 700)
+        hz = 700 * (10 ** (np.linspace(low, high, mels + 2) / 2595) - 1)
+    else:
+        step = math.log(6.4) / 27
+        low, high = (f * 3 / 200 if f < 1000 else 15 + math.log(f / 1000) / step
+                     for f in (low, high))
+        mel = np.linspace(low, high, mels + 2)
+        hz = np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * step))
     bank = triangles(np.linspace(0, rate / 2, bins), hz).astype(np.float32)
-    return torch.from_numpy(bank * (2 / (hz[2:] - hz[:-2])).astype(np.float32))
+    if scale == "slaney":
+        bank *= (2 / (hz[2:] - hz[:-2])).astype(np.float32)
+    return torch.from_numpy(bank)
 
 
 def kaldi_bank(mels, bins, rate, low, high):
@@ -231,9 +239,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, mask=None):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).movedim((-3, -2), (0, -3))
-        x = F.scaled_dot_product_attention(q, k, v, mask)  # (..., H, N, D/H)
-        return self.proj(x.transpose(-3, -2).flatten(-2))  # (..., N, D)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, mask)  # (B, H, N, D/H)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class MLP(nn.Module):
@@ -312,7 +320,7 @@ class Whisper(Encoder):
         self.frames = round(config.seconds * 100)
         self.grid = (math.ceil(self.frames / 2), 1)
         self.window = torch.from_numpy(np.hanning(401)[:-1].astype(np.float32))  # periodic
-        self.bank = slaney_bank(config.mels, 201, self.rate, 0, 8000)
+        self.bank = mel_bank(config.mels, 201, self.rate, 0, 8000)
         self.conv1 = nn.Conv1d(config.mels, d, 3, padding=1)
         self.conv2 = nn.Conv1d(d, d, 3, stride=2, padding=1)
         self.register_buffer("positional_embedding", sinusoids(self.grid[0], d))
@@ -439,8 +447,287 @@ def grid_sinusoids(steps, bands, width):
 
 
 # ---------------------------------------------------------------------------------------------
+# CLAP (Wu et al. 2022; Elizalde et al. 2023; names of laion_clap): sounds, as captions have them
 
-ENCODERS = {"whisper": Whisper, "sslam": SSLAM}
+@dataclass(frozen=True)
+class CLAPConfig:
+    width: int = 96         # of the first stage; each further one halves the map, doubles the width
+    depths: tuple = (2, 2, 6, 2)
+    heads: int = 4          # of the first stage, doubled along with the width
+    image: int = 256        # side of the square that the spectrogram is folded into
+    seconds: float = 10.0
+    rate: int = 48000
+    hop: int = 480
+    scale: str = "slaney"   # of the mel bank, or htk
+    high: float = 14000.0   # where the mel bank ends, in Hz
+    bank_rate: int = 48000  # Microsoft's bank was made for 32 kHz, its sound comes at 44.1
+    fill: bool = False      # short clips: repeat to the brim, or whole copies and then zeros
+
+
+CLAP_SIZES = {
+    "tiny": CLAPConfig(),  # clap-htsat-unfused
+    "fused": CLAPConfig(scale="htk"),
+    "base": CLAPConfig(width=128, depths=(2, 2, 12, 2)),  # larger_clap_*
+    "microsoft": CLAPConfig(seconds=7.0, rate=44100, hop=320, bank_rate=32000, fill=True),
+    "mini": CLAPConfig(width=32, depths=(2, 2, 2), heads=2, image=128, seconds=4.0, rate=16000,
+                       hop=256, high=8000.0, bank_rate=16000),
+}
+
+
+class SwinBlock(nn.Module):
+    """Pre-LN; attention inside windows of 8 x 8, moved by half a window in every other block."""
+
+    def __init__(self, width, heads, side, shift):
+        super().__init__()
+        assert side % 8 == 0, f"a map of {side} x {side} has no whole windows of 8 x 8"
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.attn.relative_position_bias_table = nn.Parameter(torch.zeros(15 * 15, heads))
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width)
+        self.shift = shift
+        y, x = np.divmod(np.arange(64), 8)
+        index = (y[:, None] - y + 7) * 15 + (x[:, None] - x + 7)  # query minus key
+        self.register_buffer("index", torch.from_numpy(index), persistent=False)
+        # After a shift the last windows hold what lies at opposite edges: kept apart by the mask.
+        i = np.arange(side)
+        edge = 1 * (i >= side - 8) + (i >= side - shift)
+        region = into_windows(torch.from_numpy(3 * edge[:, None] + edge)[None, :, :, None])
+        mask = -100.0 * (region != region.transpose(1, 2))  # (nW, 64, 64)
+        self.register_buffer("mask", mask[:, None], persistent=False)
+
+    def forward(self, x):
+        B, R = x.shape[:2]  # x is (B, R, R, D)
+        bias = self.attn.relative_position_bias_table[self.index].permute(2, 0, 1)  # (H, 64, 64)
+        y = self.norm1(x)
+        if self.shift:
+            y = y.roll((-self.shift, -self.shift), (1, 2))
+            bias = (bias + self.mask.to(bias.dtype)).repeat(B, 1, 1, 1)  # (B nW, H, 64, 64)
+        y = self.attn(into_windows(y), bias)
+        y = y.view(B, R // 8, R // 8, 8, 8, -1).transpose(2, 3).reshape(x.shape)
+        if self.shift:
+            y = y.roll((self.shift, self.shift), (1, 2))
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+def into_windows(x):
+    """(B, R, R, D) -> (B nW, 64, D), windows row by row."""
+    B, R, _, D = x.shape
+    return x.view(B, R // 8, 8, R // 8, 8, D).transpose(2, 3).reshape(-1, 64, D)
+
+
+class PatchMerging(nn.Module):
+    """(B, R, R, D) -> (B, R/2, R/2, 2D)"""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width)
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+
+    def forward(self, x):
+        x = [x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]]
+        return self.reduction(self.norm(torch.cat(x, -1)))
+
+
+class CLAP(Encoder):
+    """Features (B, 1, F, 64) -> (B, N, D). The real ones have 32 time steps x 2 bands of frequency.
+
+    HTSAT is a Swin transformer made for square images. The long, low spectrogram is stretched to
+    image^2 / 64 frames and cut in image / 64 pieces, which are laid one below the other.
+    """
+    Config, sizes = CLAPConfig, CLAP_SIZES
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rate, d, side = config.rate, config.width, config.image // 4
+        self.pieces = config.image // 64
+        self.frames = config.image * self.pieces
+        self.samples = round(config.seconds * config.rate)
+        assert 1 + self.samples // config.hop <= self.frames, f"{config} is too long for its image"
+        self.window = torch.from_numpy(np.hanning(1025)[:-1].astype(np.float32))
+        bank = mel_bank(64, 513, config.bank_rate, 50, config.high, config.scale)
+        self.logmel_extractor = nn.Module()
+        self.logmel_extractor.register_buffer("melW", bank)  # checkpoints may bring their own
+        self.bn0 = nn.BatchNorm2d(64)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, d, 4, 4), "norm": nn.LayerNorm(d)})
+        self.layers = nn.ModuleList()
+        for i, depth in enumerate(config.depths):
+            stage, r = nn.ModuleDict(), side >> i
+            stage["blocks"] = nn.ModuleList(
+                SwinBlock(d << i, config.heads << i, r, 4 if j % 2 and r > 8 else 0)
+                for j in range(depth))
+            if i < len(config.depths) - 1:
+                stage["downsample"] = PatchMerging(d << i)
+            self.layers.append(stage)
+        self.width = d << i
+        self.norm = nn.LayerNorm(self.width)
+        self.grid = (self.pieces * r, r // self.pieces)
+
+    def spectrogram(self, wave):
+        wave, n = wave[:, :self.samples], self.samples
+        copies = n / wave.shape[1]
+        wave = wave.repeat(1, math.ceil(copies) if self.config.fill else int(copies))[:, :n]
+        wave = F.pad(wave, (0, n - wave.shape[1]))
+        mel = power_spectrum(wave, self.window, self.config.hop) @ self.logmel_extractor.melW.float()
+        return 10 * mel.clamp(min=1e-10).log10()[:, None]  # (B, 1, F, 64), in dB
+
+    def forward(self, x):
+        x = x.to(self.norm.weight.dtype).transpose(1, 3)
+        x = self.bn0(x).transpose(1, 3)  # each mel band on its own scale
+        x = F.interpolate(x, (self.frames, 64), mode="bicubic", align_corners=True)
+        x = x.unflatten(2, (self.pieces, -1)).transpose(3, 4).flatten(2, 3)  # (B, 1, image, image)
+        x = self.patch_embed["proj"](x).permute(0, 2, 3, 1)  # (B, R, R, D), R = image / 4
+        x = self.patch_embed["norm"](x)
+        for stage in self.layers:
+            for block in stage["blocks"]:
+                x = block(x)
+            if "downsample" in stage:
+                x = stage["downsample"](x)
+        x = self.norm(x).unflatten(1, (self.pieces, -1))  # (B, pieces, bands, steps in one, D)
+        return x.transpose(2, 3).flatten(1, 3)  # (B, steps * bands, D)
+
+
+# ---------------------------------------------------------------------------------------------
+# Public checkpoints
+
+ENCODERS = {"whisper": Whisper, "sslam": SSLAM, "clap": CLAP}
+
+# How the public files name things, as (pattern, replacement), applied in this order.
+NAMES = {
+    "whisper": (
+        (r"^(model_state_dict\.|model\.)?(encoder\.)?", ""),  # openai/whisper; Hugging Face
+        (r"^layers\.", "blocks."),
+        (r"\.self_attn\.q_proj\.", ".attn.query."),
+        (r"\.self_attn\.k_proj\.", ".attn.key."),
+        (r"\.self_attn\.v_proj\.", ".attn.value."),
+        (r"\.self_attn\.out_proj\.", ".attn.out."),
+        (r"\.self_attn_layer_norm\.", ".attn_ln."),
+        (r"\.fc1\.", ".mlp.0."),
+        (r"\.fc2\.", ".mlp.2."),
+        (r"\.final_layer_norm\.", ".mlp_ln."),
+        (r"^layer_norm\.", "ln_post."),
+        (r"^embed_positions\.weight", "positional_embedding"),
+    ),
+    "sslam": (
+        (r"^(model\.)+", ""),  # fairseq: one or, fine-tuned, two; Hugging Face: one
+        (r"^modality_encoders\.IMAGE\.context_encoder\.norm\.", "pre_norm."),
+        (r"^modality_encoders\.IMAGE\.", ""),
+    ),
+    "clap": (
+        (r"^(state_dict\.|model\.)?(module\.)?", ""),
+        (r"^audio_branch\.", ""),                          # laion_clap
+        (r"^audio_encoder\.base\.htsat\.", ""),            # Microsoft
+        (r"^(audio_model\.)?audio_encoder\.", ""),         # Hugging Face, from here on
+        (r"^batch_norm\.", "bn0."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.attention\.self\.query\.", ".attn.qkv.0."),  # three parts, put together on loading
+        (r"\.attention\.self\.key\.", ".attn.qkv.1."),
+        (r"\.attention\.self\.value\.", ".attn.qkv.2."),
+        (r"\.attention\.self\.", ".attn."),
+        (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"\.output\.dense\.", ".mlp.fc2."),
+    ),
+}
+# What is left out on purpose, once so named: decoders, heads, text towers, copies, states of training
+IGNORED = {
+    "whisper": r"decoder\.|proj_out\.|projector\.|classifier\.|layer_weights$",
+    "sslam": r"_ema\.|(shared_)?decoder\.|recon_proj\.|cls_proj\.|center$|fc_norm\.|head\.|"
+             r"args\.|cfg\.|criterion\.|(last_)?optimizer_|task_state\.|extra_state\.",
+    "clap": r"text_|caption_encoder\.|logit_scale|audio_transform\.|audio_projection\.|projection\.|"
+            r"spectrogram_extractor\.|tscam_conv\.|head\.|optimizer\.|scaler\.|"
+            r".*\.(attn_mask|relative_position_index)$|.*\b(mel_conv[12]d|fusion_model)\.",
+}
+# A name that a file of this kind has -> what its front end does unlike CLAPConfig's defaults
+CLAP_FRONT_ENDS = {
+    r"audio_encoder\.base\.htsat\.": CLAP_SIZES["microsoft"],
+    r"mel_conv[12]d\.|fusion_model\.": CLAP_SIZES["fused"],
+}
+
+
+def load_encoder(kind, path, dtype=torch.float32):
+    """
+    Open a public checkpoint, a file or a Hugging Face folder, as ENCODERS[kind], in eval mode.
+
+    Which of the public forms it has, and its sizes, are read from the tensors' names and shapes:
+    Whisper of openai/whisper and Hugging Face; SSLAM of fairseq, pre-trained and fine-tuned, and
+    Hugging Face; CLAP of laion_clap, unfused and fused, Hugging Face, and Microsoft (2023).
+    Raises ValueError, one line, naming what is missing, misshapen or not known.
+    """
+    assert kind in ENCODERS, f"{kind}: not one of {', '.join(ENCODERS)}"
+    tensors = load_tensors(path)
+    state = public_names(kind, tensors)
+    try:
+        config = MEASURE[kind](state, " ".join(tensors))
+    except (KeyError, ValueError, IndexError) as error:
+        raise ValueError(f"{path}: no {kind} encoder among its {len(tensors)} tensors "
+                         f"({error} is missing)") from None
+    with torch.device("meta"):  # no memory for weights that are about to be replaced
+        encoder = ENCODERS[kind](config)
+    wanted = encoder.state_dict()
+    # What is computed, not learned (positions, a mel bank), may be absent: it is not on "meta".
+    state = {name: t for name, t in wanted.items() if not t.is_meta} | state
+    wrong = [f"{name} is missing" for name in wanted if name not in state]
+    wrong += [f"{name} is not known" for name in state if name not in wanted]
+    wrong += [f"{name} is {tuple(state[name].shape)}, not {tuple(wanted[name].shape)}"
+              for name in wanted if name in state and state[name].shape != wanted[name].shape]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{path}: not quite a {kind} encoder: {', '.join(wrong[:3])}{more}")
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    encoder.load_state_dict(state, assign=True)
+    return encoder.eval()
+
+
+def public_names(kind, tensors):
+    """The encoder's own tensors by the names that they have here."""
+    state, parts = {}, {}
+    for name, tensor in tensors.items():
+        for pattern, new in NAMES[kind]:
+            name = re.sub(pattern, new, name)
+        if re.search(r"\.qkv\.[012]\.", name):
+            parts[name] = tensor
+        elif not re.match(IGNORED[kind], name):
+            state[name] = tensor
+    for name in sorted(parts):
+        if ".qkv.0." in name:
+            three = [parts[name.replace("qkv.0", f"qkv.{i}")] for i in range(3)]
+            state[name.replace("qkv.0", "qkv")] = torch.cat(three)
+    return state
+
+
+def count(state, prefix):
+    """How many modules there are in the list `prefix`."""
+    return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+
+
+def measure_whisper(state, names):
+    width, mels, _ = state["conv1.weight"].shape
+    return WhisperConfig(mels, width, count(state, "blocks."),
+                         seconds=len(state["positional_embedding"]) / 50)
+
+
+def measure_sslam(state, names):
+    table = "fixed_positional_encoder.positions"
+    columns = min(64, state[table].shape[1] // 8)  # some files have positions for 122 s
+    state[table] = state[table][:, :columns * 8]
+    return SSLAMConfig(state["extra_tokens"].shape[2], count(state, "blocks."),
+                       seconds=columns * 0.16)
+
+
+def measure_clap(state, names):
+    base = next((c for mark, c in CLAP_FRONT_ENDS.items() if re.search(mark, names)), CLAPConfig())
+    if base.scale == "htk":  # the fused ones carry a bank, but listen through another
+        state.pop("logmel_extractor.melW", None)
+    stages = range(count(state, "layers."))
+    return replace(base, width=len(state["patch_embed.proj.weight"]),
+                   depths=tuple(count(state, f"layers.{i}.blocks.") for i in stages),
+                   heads=state["layers.0.blocks.0.attn.relative_position_bias_table"].shape[1])
+
+
+MEASURE = {"whisper": measure_whisper, "sslam": measure_sslam, "clap": measure_clap}
 
 
 def make_encoder(kind, size="mini"):

@@ -3,10 +3,12 @@ The ears: every file format and every bad file, each front end against a slow se
 itself, each encoder against an independent composition.   python -m pytest tests/test_encoders.py
 """
 
+import json
 import math
 import struct
 import sys
 import wave as wave_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from encoders import (ENCODERS, SSLAM, SSLAMConfig, Whisper, WhisperConfig, load_audio,
-                      make_encoder, resample, save_wav)
+                      load_encoder, make_encoder, resample, save_wav)
+from golden.make_encoders import sound, sslam_positions, weight
 
 
 def randomise(module, seed=0):
@@ -409,3 +412,105 @@ def test_half_precision_listens_in_float32(kind):
 def test_silence_is_finite(kind):
     encoder = make_encoder(kind)
     assert encoder(encoder.front_end(torch.zeros(1, 64000))).isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------
+# Public checkpoints: each naming scheme with its published code's outputs (golden/make_encoders.py)
+
+def write_safetensors(path, state):
+    header, at = {}, 0
+    for name, t in state.items():
+        kind = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}[t.dtype]
+        end = at + t.numel() * t.element_size()
+        header[name] = {"dtype": kind, "shape": list(t.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text +
+                     b"".join(t.contiguous().numpy().tobytes() for t in state.values()))
+    return path
+
+
+def hugging_face(folder, state):
+    """A model in two files and their index."""
+    names = sorted(state)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, part in shards.items():
+        write_safetensors(folder / shard, {name: state[name] for name in part})
+    index = {name: shard for shard, part in shards.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+def pickled(path, tree, **settings):
+    torch.save(tree, path, **settings)
+    return path
+
+
+class Config:
+    """An object of the research code, as found in its checkpoints."""
+
+    def __init__(self):
+        self.nested = {"lr": np.float64(1e-3), "names": {"a", "b"}, "me": Path("x")}
+
+
+JUNK = torch.ones(2, 3)
+LEGACY = dict(_use_new_zipfile_serialization=False)
+FORMS = {  # name of the golden file and a form it is published in -> the file
+    "whisper_openai pt": lambda d, s: pickled(d / "a.pt", {
+        "dims": {"n_mels": 80}, "model_state_dict":
+        {f"encoder.{k}": v for k, v in s.items()} | {"decoder.ln.weight": JUNK}}),
+    "whisper_hf folder": lambda d, s: hugging_face(d, {f"model.{k}": v for k, v in s.items()}
+                                                   | {"proj_out.weight": JUNK}),
+    "whisper_hf bin": lambda d, s: pickled(d / "pytorch_model.bin", s, **LEGACY).parent,
+    "whisper_hf encoder": lambda d, s: write_safetensors(d / "a.safetensors", {
+        k.removeprefix("encoder."): v for k, v in s.items() if k.startswith("encoder.")}),
+    "sslam_hf safetensors": lambda d, s: write_safetensors(d / "model.safetensors", s),
+    "sslam_pretrained pt": lambda d, s: pickled(d / "a.pt", {
+        "cfg": Config(), "args": None, "extra_state": {"loss": np.float32(3)},
+        "last_optimizer_state": {"state": {0: {"exp_avg": JUNK}}},
+        "model": s | {"_ema": {"blocks.0.norm1.weight": JUNK},
+                      "modality_encoders.IMAGE.decoder.proj.weight": JUNK}}, **LEGACY),
+    "sslam_finetuned pt": lambda d, s: pickled(d / "a.pt", {
+        "cfg": Config(), "model": s | {"fc_norm.weight": JUNK, "head.weight": JUNK}},
+        pickle_protocol=4),
+    "clap_laion pt": lambda d, s: pickled(d / "a.pt", {
+        "epoch": np.int64(3), "optimizer": {"state": {0: {"exp_avg": JUNK}}},
+        "state_dict": {f"module.{k}": v for k, v in s.items()} | {
+            "module.text_branch.x": JUNK, "module.logit_scale_a": JUNK,
+            "module.audio_projection.0.weight": JUNK}}),
+    "clap_laion_base pt": lambda d, s: pickled(d / "a.pt", {"state_dict": s}),
+    "clap_laion_fused pt": lambda d, s: pickled(d / "a.pt", {"state_dict": s}),
+    "clap_microsoft pth": lambda d, s: pickled(d / "a.pth", {"model": s | {
+        "audio_encoder.projection.linear1.weight": JUNK, "caption_encoder.base.x": JUNK}}),
+    "clap_hf safetensors": lambda d, s: write_safetensors(d / "model.safetensors", {
+        f"audio_model.{k}": v for k, v in s.items()} | {"text_model.x": JUNK,
+                                                        "audio_projection.linear1.weight": JUNK}),
+    "clap_hf_fused bin": lambda d, s: pickled(d / "pytorch_model.bin", s).parent,
+}
+
+
+def golden(name):
+    """The stored outputs, and the state dict that they were made with."""
+    data = np.load(Path(__file__).parent / "golden" / f"{name}.npz")
+    state = {n: weight(n, shape) for n, shape in json.loads(str(data["learned"])).items()}
+    state |= {n.removeprefix("fixed:"): data[n] for n in data.files if n.startswith("fixed:")}
+    if "sslam" in name:
+        top = "model." if name == "sslam_hf" else next(
+            n for n in state if n.endswith("extra_tokens")).removesuffix("extra_tokens")
+        state[top + "fixed_positional_encoder.positions"] = sslam_positions(32)
+    return data, {n: torch.from_numpy(np.asarray(x)) for n, x in state.items()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_public_checkpoint_gives_what_its_own_code_gives(form, tmp_path):
+    name, kind = form.split()[0], form.split("_")[0]
+    data, state = golden(name)
+    encoder = load_encoder(kind, FORMS[form](tmp_path, state))
+    seconds = 0.7 if kind == "whisper" else 3.3
+    with torch.no_grad():
+        x = encoder.front_end(torch.from_numpy(sound(seconds, encoder.rate))[None])
+        y = encoder(x)
+    x = x[:, :, ::8] if kind == "whisper" else x[:, :, ::{"sslam": 8, "clap": 32}[kind]]
+    assert np.abs(x.numpy() - data["features"]).max() < 1e-3
+    close(y[:, ::7] if kind == "sslam" else y, data["tokens"], 1e-4)
