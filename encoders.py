@@ -661,9 +661,9 @@ def load_encoder(kind, path, dtype=torch.float32):
     state = public_names(kind, tensors)
     try:
         config = MEASURE[kind](state, " ".join(tensors))
-    except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(f"{path}: no {kind} encoder among its {len(tensors)} tensors "
-                         f"({error} is missing)") from None
+    except (KeyError, ValueError, IndexError) as error:  # not there, or not of that many dimensions
+        raise ValueError(f"{path}: no {kind} encoder among its {len(tensors)} tensors ({error})"
+                         ) from None
     with torch.device("meta"):  # no memory for weights that are about to be replaced
         encoder = ENCODERS[kind](config)
     wanted = encoder.state_dict()
@@ -682,19 +682,18 @@ def load_encoder(kind, path, dtype=torch.float32):
 
 
 def public_names(kind, tensors):
-    """The encoder's own tensors by the names that they have here."""
-    state, parts = {}, {}
+    """The encoder's own tensors, by the names that they have here."""
+    state = {}
     for name, tensor in tensors.items():
         for pattern, new in NAMES[kind]:
             name = re.sub(pattern, new, name)
-        if re.search(r"\.qkv\.[012]\.", name):
-            parts[name] = tensor
-        elif not re.match(IGNORED[kind], name):
+        if not re.match(IGNORED[kind], name):
             state[name] = tensor
-    for name in sorted(parts):
-        if ".qkv.0." in name:
-            three = [parts[name.replace("qkv.0", f"qkv.{i}")] for i in range(3)]
-            state[name.replace("qkv.0", "qkv")] = torch.cat(three)
+    for name in [name for name in state if ".qkv.0." in name]:
+        three = [name.replace("qkv.0", f"qkv.{i}") for i in range(3)]
+        if all(part in state and state[part].shape == state[name].shape for part in three):
+            whole = torch.cat([state.pop(part) for part in three])
+            state[name.replace("qkv.0", "qkv")] = whole
     return state
 
 

@@ -58,6 +58,8 @@ def load_tensors(path):
                 tensors.update(read_legacy(path, data))
             else:
                 raise ValueError("neither a .safetensors nor a PyTorch file")
+        if not tensors:
+            raise ValueError("not one tensor in it")
         return tensors
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
