@@ -28,7 +28,7 @@ from model import load_tensors
 # ---------------------------------------------------------------------------------------------
 # Files
 
-# (format tag, bits) of a WAV -> how numpy reads one sample; 24 bits have no numpy type
+# (format tag, bits) of a WAV -> how numpy reads one sample; 24 bits have no type of their own
 WAV_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "u1", (1, 32): "<i4",
              (3, 32): "<f4", (3, 64): "<f8"}
 CONVERT = "convert it, for example: ffmpeg -i IN -c:a pcm_s16le OUT.wav"
@@ -58,35 +58,31 @@ def load_audio(path, rate):
 
 
 def read_wav(path, raw):
-    """The bytes of a RIFF WAVE file -> (samples, channels) float32 array and its rate in Hz."""
-    at, header = 12, b""
-    while at + 8 <= len(raw):
+    """The bytes of a RIFF WAVE file -> (samples, channels) float32 array, and its rate in Hz."""
+    at, chunks = 12, {}
+    while at + 8 <= len(raw) and b"data" not in chunks:
         name, size = struct.unpack_from("<4sI", raw, at)
-        at += 8
-        if name == b"data":
-            break
-        if name == b"fmt ":
-            header = raw[at:at + size]
-        at += size + size % 2  # a chunk of odd length is followed by a padding byte
-    else:
-        raise ValueError(f"{path}: a WAV file without a data chunk; copy or record it again")
-    if size == 0xFFFFFFFF:  # written to a pipe, its length not known beforehand
-        size = len(raw) - at
-    if size > len(raw) - at:
-        raise ValueError(f"{path}: truncated, its header promises {size} bytes of sound and "
-                         f"{len(raw) - at} are there; copy it again")
-    if len(header) < 16:
-        raise ValueError(f"{path}: a WAV file without a format header; {CONVERT}")
+        chunks[name] = at + 8, size
+        at += 8 + size + size % 2  # a chunk of odd length is followed by a padding byte
+    for name in b"fmt ", b"data":
+        if name not in chunks:
+            raise ValueError(f"{path}: a WAV file without its {name.decode()} chunk; {CONVERT}")
+    at, size = chunks[b"fmt "]
+    header = raw[at:at + size].ljust(26, b"\0")
     tag, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", header)
-    if tag == 0xFFFE and len(header) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the tag opens the sub-format
+    if tag == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the tag proper opens the sub-format
         tag, = struct.unpack_from("<H", header, 24)
-    if (tag, bits) not in WAV_TYPES:
-        raise ValueError(f"{path}: WAV codec {tag} with {bits} bits, neither PCM nor float; {CONVERT}")
-    if channels == 0 or not 100 <= rate <= 1_000_000:
-        raise ValueError(f"{path}: its header says {channels} channels at {rate} Hz; {CONVERT}")
+    if (tag, bits) not in WAV_TYPES or channels == 0 or not 100 <= rate <= 1_000_000:
+        raise ValueError(f"{path}: codec {tag}, {bits} bits, {channels} channels, {rate} Hz is no "
+                         f"WAV of PCM or float samples; {CONVERT}")
+    at, size = chunks[b"data"]
+    there = len(raw) - at
+    if size > there and size != 0xFFFFFFFF:  # which means: written to a pipe, length not known
+        raise ValueError(f"{path}: truncated, its header promises {size} bytes of sound and "
+                         f"{there} are there; copy it again")
+    size = min(size, there) // (channels * bits // 8) * (channels * bits // 8)
 
     dtype = np.dtype(WAV_TYPES[tag, bits])
-    size -= size % (channels * bits // 8)
     data = np.frombuffer(raw, dtype, size // dtype.itemsize, at)
     if bits == 24:  # the upper three bytes of an int32
         wide = np.zeros((size // 3, 4), np.uint8)
@@ -123,11 +119,12 @@ def save_wav(path, wave, rate):
 
 def resample(wave, old, new, zeros=6, rolloff=0.99):
     """
-    (samples,) at `old` Hz -> (ceil(samples * new / old),) at `new` Hz.
+    (samples,) at `old` Hz -> (ceil(samples * new / old),) at `new` Hz, band-limited:
 
-    Band-limited interpolation, out(m) = sum_n x(n) h(n / old - m / new): h is a sinc cut off at
-    `rolloff` of the lower Nyquist frequency, under a Hann window `zeros` crossings wide. The same
-    sum as torchaudio.functional.resample with its defaults.
+        out(m) = sum_n x(n) h(n / old - m / new)
+
+    where h is a sinc, cut off at `rolloff` of the lower Nyquist frequency, under a Hann window of
+    `zeros` crossings to either side: what torchaudio.functional.resample does by default.
     """
     if old == new:
         return wave
@@ -151,42 +148,38 @@ def resample(wave, old, new, zeros=6, rolloff=0.99):
 
 
 # ---------------------------------------------------------------------------------------------
-# Mel banks, in float64 as their originals, rounded at the end: (frequency bins, mels) float32
+# Spectrograms
 
 def mel_bank(mels, bins, rate, low, high, scale="slaney"):
-    """Triangles linear in Hz, their corners evenly spaced on a mel scale. Slaney's is linear up to
-    1 kHz, logarithmic above, and its triangles have equal areas; HTK's have equal heights."""
-    if scale == "htk":
-        low, high = 2595 * np.log10(1 + np.array([low, high]) / 700)
-        hz = 700 * (10 ** (np.linspace(low, high, mels + 2) / 2595) - 1)
-    else:
+    """
+    (bins, mels) float32: band m rises from corner m to m + 1 and falls to m + 2, the corners
+    evenly spaced in mel. Slaney's mel is linear up to 1 kHz, logarithmic above, its triangles have
+    equal areas; those of HTK and Kaldi have equal heights, and Kaldi's are linear in mel, not Hz.
+    """
+    hz = np.linspace(0, rate / 2, bins)
+    if scale == "slaney":
         step = math.log(6.4) / 27
         low, high = (f * 3 / 200 if f < 1000 else 15 + math.log(f / 1000) / step
                      for f in (low, high))
         mel = np.linspace(low, high, mels + 2)
-        hz = np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * step))
-    bank = triangles(np.linspace(0, rate / 2, bins), hz).astype(np.float32)
+        corners = np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * step))
+    else:
+        mel = np.linspace(math.log1p(low / 700), math.log1p(high / 700), mels + 2)
+        corners = 700 * np.expm1(mel)
+    if scale == "kaldi":
+        hz, corners = np.log1p(hz / 700), mel
+    left, peak, right = corners[:-2], corners[1:-1], corners[2:]
+    rise, fall = (hz[:, None] - left) / (peak - left), (right - hz[:, None]) / (right - peak)
+    bank = np.maximum(0, np.minimum(rise, fall)).astype(np.float32)
     if scale == "slaney":
-        bank *= (2 / (hz[2:] - hz[:-2])).astype(np.float32)
+        bank *= (2 / (right - left)).astype(np.float32)
     return torch.from_numpy(bank)
 
 
-def kaldi_bank(mels, bins, rate, low, high):
-    """Triangles of equal height, linear in mel = 1127 ln(1 + f / 700); the Nyquist bin counts 0."""
-    low, high = 1127 * np.log1p(np.array([low, high]) / 700)
-    mel = 1127 * np.log1p(np.linspace(0, rate / 2, bins) / 700)
-    bank = triangles(mel, np.linspace(low, high, mels + 2))
-    bank[-1] = 0
-    return torch.from_numpy(bank.astype(np.float32))
-
-
-def triangles(points, corners):
-    """(bins,), (mels + 2,) on any one scale -> (bins, mels): band m rises from corner m to m + 1,
-    where it is 1, and falls to m + 2."""
-    left, peak, right = corners[:-2], corners[1:-1], corners[2:]
-    points = points[:, None]
-    rise, fall = (points - left) / (peak - left), (right - points) / (right - peak)
-    return np.maximum(0, np.minimum(rise, fall))
+def power_spectrum(wave, window, hop):
+    """(B, samples) -> (B, 1 + samples / hop, bins): |STFT|^2, frames centred, ends reflected."""
+    x = torch.stft(wave, len(window), hop, window=window.to(wave.device), return_complex=True)
+    return (x.real.square() + x.imag.square()).transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -210,7 +203,7 @@ class Encoder(nn.Module):
         self.config, self.width, self.seconds = config, config.width, config.seconds
 
     def tokens(self, seconds):
-        """How many of the grid's time steps, from the first on, carry a clip of so many seconds."""
+        """How many of the grid's time steps, from the first, carry a clip of so many seconds."""
         steps = self.grid[0]
         return min(steps, max(1, math.ceil(round(seconds * steps / self.seconds, 6))))
 
@@ -230,7 +223,7 @@ class Encoder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with q, k and v in one matrix, as in timm, SSLAM and HTSAT."""
+    """Self-attention with q, k and v in one matrix."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -245,8 +238,6 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """D -> 4D -> D, with the names of timm."""
-
     def __init__(self, width):
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
@@ -254,6 +245,23 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """The parts of a transformer block under timm's names, which SSLAM and CLAP share."""
+
+    def __init__(self, width, heads, eps=1e-5):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.mlp = MLP(width)
+
+
+def waves(places, omega):
+    """(n,), (m,) -> (n, 2m) float32: sines of place * omega, then cosines; fixed positions."""
+    angle = places[:, None] * omega
+    return torch.from_numpy(np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -323,9 +331,10 @@ class Whisper(Encoder):
         self.bank = mel_bank(config.mels, 201, self.rate, 0, 8000)
         self.conv1 = nn.Conv1d(config.mels, d, 3, padding=1)
         self.conv2 = nn.Conv1d(d, d, 3, stride=2, padding=1)
-        self.register_buffer("positional_embedding", sinusoids(self.grid[0], d))
+        omega = 10000.0 ** -(np.arange(d // 2) / (d // 2 - 1))
+        self.register_buffer("positional_embedding", waves(np.arange(self.grid[0]), omega))
         heads = config.heads or d // 64
-        self.blocks = nn.ModuleList(WhisperBlock(d, heads) for _ in range(config.layers))
+        self.blocks = nn.Sequential(*(WhisperBlock(d, heads) for _ in range(config.layers)))
         self.ln_post = nn.LayerNorm(d)
 
     def spectrogram(self, wave):
@@ -340,23 +349,7 @@ class Whisper(Encoder):
         x = F.gelu(self.conv1(x.to(self.conv1.weight.dtype)))  # (B, M, F) -> (B, D, F)
         x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, F/2, D)
         x = x + self.positional_embedding[:x.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return self.ln_post(x)
-
-
-def power_spectrum(wave, window, hop):
-    """(B, samples) -> (B, 1 + samples / hop, bins): |STFT|^2, frames centred, ends reflected."""
-    window = window.to(wave.device)
-    x = torch.stft(wave, len(window), hop, window=window, return_complex=True)
-    return (x.real.square() + x.imag.square()).transpose(1, 2)
-
-
-def sinusoids(length, width):
-    """(length, width): sin(p w_i) in the first half, cos in the second, w from 1 to 1 / 10000."""
-    i = np.arange(width // 2)
-    angle = np.arange(length)[:, None] * np.exp(-math.log(10000) / (width // 2 - 1) * i)
-    return torch.from_numpy(np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32))
+        return self.ln_post(self.blocks(x))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -377,15 +370,8 @@ SSLAM_SIZES = {
 }
 
 
-class SSLAMBlock(nn.Module):
+class SSLAMBlock(Block):
     """Post-LN: the stream itself is normalised after each part."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.attn = Attention(width, heads)
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x):
         x = self.norm1(x + self.attn(x))
@@ -403,14 +389,19 @@ class SSLAM(Encoder):
         assert self.frames % 16 == 0, f"{config.seconds} s are not a multiple of 0.16 s"
         self.grid = (self.frames // 16, 8)
         self.window = torch.from_numpy(np.hanning(400).astype(np.float32))  # not periodic
-        self.bank = kaldi_bank(128, 257, self.rate, 20, 8000)
+        self.bank = mel_bank(128, 257, self.rate, 20, 8000, "kaldi")
         self.extra_tokens = nn.Parameter(nn.init.normal_(torch.empty(1, 1, d), std=0.02))
         self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(1, d, 16, stride=16)})
+        # A patch's band is told in the first half of its width, its time in the second.
+        t, f = np.divmod(np.arange(self.frames // 2), 8)
+        omega = 10000.0 ** -(np.arange(d // 4) / (d // 4))
+        positions = torch.cat([waves(f, omega), waves(t, omega)], 1)[None]  # (1, N, D)
         self.fixed_positional_encoder = nn.Module()
-        self.fixed_positional_encoder.register_buffer("positions", grid_sinusoids(*self.grid, d))
+        self.fixed_positional_encoder.register_buffer("positions", positions)
         self.pre_norm = nn.LayerNorm(d, eps=1e-6)
         heads = config.heads or d // 64
-        self.blocks = nn.ModuleList(SSLAMBlock(d, heads) for _ in range(config.layers))
+        blocks = (SSLAMBlock(d, heads, eps=1e-6) for _ in range(config.layers))
+        self.blocks = nn.Sequential(*blocks)
 
     def spectrogram(self, wave):
         wave = wave - wave.mean(1, keepdim=True)  # of the whole clip, also of what is cut off
@@ -430,20 +421,7 @@ class SSLAM(Encoder):
         x = proj(x.to(proj.weight.dtype)).flatten(2).transpose(1, 2)  # (B, F/16 * 8, D)
         x = x + self.fixed_positional_encoder.positions[:, :x.shape[1]]
         x = torch.cat([self.extra_tokens.expand(len(x), -1, -1), x], 1)  # cls has no position
-        x = self.pre_norm(x)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-def grid_sinusoids(steps, bands, width):
-    """(1, steps * bands, width): the band's place in the first half, the time step's in the second,
-    each as [sin, cos] of place * 10000^(-i / (width / 4))."""
-    omega = 10000.0 ** -(np.arange(width // 4) / (width // 4))
-    t, f = np.divmod(np.arange(steps * bands), bands)
-    angle = np.stack([f, t], 1)[:, :, None] * omega  # (N, 2, D/4)
-    table = np.concatenate([np.sin(angle), np.cos(angle)], 2).reshape(1, -1, width)
-    return torch.from_numpy(table.astype(np.float32))
+        return self.blocks(self.pre_norm(x))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -451,7 +429,7 @@ def grid_sinusoids(steps, bands, width):
 
 @dataclass(frozen=True)
 class CLAPConfig:
-    width: int = 96         # of the first stage; each further one halves the map, doubles the width
+    width: int = 96         # of the first stage; each further one doubles it and halves the map
     depths: tuple = (2, 2, 6, 2)
     heads: int = 4          # of the first stage, doubled along with the width
     image: int = 256        # side of the square that the spectrogram is folded into
@@ -474,17 +452,13 @@ CLAP_SIZES = {
 }
 
 
-class SwinBlock(nn.Module):
+class SwinBlock(Block):
     """Pre-LN; attention inside windows of 8 x 8, moved by half a window in every other block."""
 
     def __init__(self, width, heads, side, shift):
-        super().__init__()
+        super().__init__(width, heads)
         assert side % 8 == 0, f"a map of {side} x {side} has no whole windows of 8 x 8"
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
         self.attn.relative_position_bias_table = nn.Parameter(torch.zeros(15 * 15, heads))
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
         self.shift = shift
         y, x = np.divmod(np.arange(64), 8)
         index = (y[:, None] - y + 7) * 15 + (x[:, None] - x + 7)  # query minus key
@@ -498,11 +472,11 @@ class SwinBlock(nn.Module):
 
     def forward(self, x):
         B, R = x.shape[:2]  # x is (B, R, R, D)
-        bias = self.attn.relative_position_bias_table[self.index].permute(2, 0, 1)  # (H, 64, 64)
+        bias = self.attn.relative_position_bias_table[self.index].permute(2, 0, 1)[None]
         y = self.norm1(x)
         if self.shift:
             y = y.roll((-self.shift, -self.shift), (1, 2))
-            bias = (bias + self.mask.to(bias.dtype)).repeat(B, 1, 1, 1)  # (B nW, H, 64, 64)
+            bias = (bias + self.mask.to(bias.dtype)).repeat(B, 1, 1, 1)  # (1 or B nW, H, 64, 64)
         y = self.attn(into_windows(y), bias)
         y = y.view(B, R // 8, R // 8, 8, 8, -1).transpose(2, 3).reshape(x.shape)
         if self.shift:
@@ -531,7 +505,8 @@ class PatchMerging(nn.Module):
 
 
 class CLAP(Encoder):
-    """Features (B, 1, F, 64) -> (B, N, D). The real ones have 32 time steps x 2 bands of frequency.
+    """
+    Features (B, 1, F, 64) -> (B, N, D); the real ones have 32 time steps x 2 bands of frequency.
 
     HTSAT is a Swin transformer made for square images. The long, low spectrogram is stretched to
     image^2 / 64 frames and cut in image / 64 pieces, which are laid one below the other.
@@ -551,14 +526,14 @@ class CLAP(Encoder):
         self.logmel_extractor.register_buffer("melW", bank)  # checkpoints may bring their own
         self.bn0 = nn.BatchNorm2d(64)
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, d, 4, 4), "norm": nn.LayerNorm(d)})
-        self.layers = nn.ModuleList()
+        self.layers = nn.Sequential()
         for i, depth in enumerate(config.depths):
-            stage, r = nn.ModuleDict(), side >> i
-            stage["blocks"] = nn.ModuleList(
-                SwinBlock(d << i, config.heads << i, r, 4 if j % 2 and r > 8 else 0)
-                for j in range(depth))
+            r, stage = side >> i, nn.Sequential()
+            shifts = (4 if j % 2 and r > 8 else 0 for j in range(depth))
+            blocks = (SwinBlock(d << i, config.heads << i, r, shift) for shift in shifts)
+            stage.add_module("blocks", nn.Sequential(*blocks))
             if i < len(config.depths) - 1:
-                stage["downsample"] = PatchMerging(d << i)
+                stage.add_module("downsample", PatchMerging(d << i))
             self.layers.append(stage)
         self.width = d << i
         self.norm = nn.LayerNorm(self.width)
@@ -569,7 +544,8 @@ class CLAP(Encoder):
         copies = n / wave.shape[1]
         wave = wave.repeat(1, math.ceil(copies) if self.config.fill else int(copies))[:, :n]
         wave = F.pad(wave, (0, n - wave.shape[1]))
-        mel = power_spectrum(wave, self.window, self.config.hop) @ self.logmel_extractor.melW.float()
+        power = power_spectrum(wave, self.window, self.config.hop)
+        mel = power @ self.logmel_extractor.melW.float()
         return 10 * mel.clamp(min=1e-10).log10()[:, None]  # (B, 1, F, 64), in dB
 
     def forward(self, x):
@@ -578,13 +554,8 @@ class CLAP(Encoder):
         x = F.interpolate(x, (self.frames, 64), mode="bicubic", align_corners=True)
         x = x.unflatten(2, (self.pieces, -1)).transpose(3, 4).flatten(2, 3)  # (B, 1, image, image)
         x = self.patch_embed["proj"](x).permute(0, 2, 3, 1)  # (B, R, R, D), R = image / 4
-        x = self.patch_embed["norm"](x)
-        for stage in self.layers:
-            for block in stage["blocks"]:
-                x = block(x)
-            if "downsample" in stage:
-                x = stage["downsample"](x)
-        x = self.norm(x).unflatten(1, (self.pieces, -1))  # (B, pieces, bands, steps in one, D)
+        x = self.norm(self.layers(self.patch_embed["norm"](x)))
+        x = x.unflatten(1, (self.pieces, -1))  # (B, pieces, bands, steps in one, D)
         return x.transpose(2, 3).flatten(1, 3)  # (B, steps * bands, D)
 
 
@@ -593,81 +564,66 @@ class CLAP(Encoder):
 
 ENCODERS = {"whisper": Whisper, "sslam": SSLAM, "clap": CLAP}
 
-# How the public files name things, as (pattern, replacement), applied in this order.
+# How the public files name things, as (pattern, replacement), applied one after the other
 NAMES = {
     "whisper": (
         (r"^(model_state_dict\.|model\.)?(encoder\.)?", ""),  # openai/whisper; Hugging Face
-        (r"^layers\.", "blocks."),
-        (r"\.self_attn\.q_proj\.", ".attn.query."),
-        (r"\.self_attn\.k_proj\.", ".attn.key."),
-        (r"\.self_attn\.v_proj\.", ".attn.value."),
-        (r"\.self_attn\.out_proj\.", ".attn.out."),
-        (r"\.self_attn_layer_norm\.", ".attn_ln."),
-        (r"\.fc1\.", ".mlp.0."),
-        (r"\.fc2\.", ".mlp.2."),
-        (r"\.final_layer_norm\.", ".mlp_ln."),
-        (r"^layer_norm\.", "ln_post."),
+        (r"^layers\.", "blocks."), (r"^layer_norm\.", "ln_post."),
         (r"^embed_positions\.weight", "positional_embedding"),
-    ),
+        (r"\.self_attn_layer_norm\.", ".attn_ln."), (r"\.final_layer_norm\.", ".mlp_ln."),
+        (r"\.self_attn\.q_proj\.", ".attn.query."), (r"\.self_attn\.k_proj\.", ".attn.key."),
+        (r"\.self_attn\.v_proj\.", ".attn.value."), (r"\.self_attn\.out_proj\.", ".attn.out."),
+        (r"\.fc1\.", ".mlp.0."), (r"\.fc2\.", ".mlp.2.")),
     "sslam": (
         (r"^(model\.)+", ""),  # fairseq: one or, fine-tuned, two; Hugging Face: one
-        (r"^modality_encoders\.IMAGE\.context_encoder\.norm\.", "pre_norm."),
-        (r"^modality_encoders\.IMAGE\.", ""),
-    ),
+        (r"^modality_encoders\.IMAGE\.(context_encoder\.norm\.)", "pre_norm."),
+        (r"^modality_encoders\.IMAGE\.", "")),
     "clap": (
         (r"^(state_dict\.|model\.)?(module\.)?", ""),
-        (r"^audio_branch\.", ""),                          # laion_clap
-        (r"^audio_encoder\.base\.htsat\.", ""),            # Microsoft
-        (r"^(audio_model\.)?audio_encoder\.", ""),         # Hugging Face, from here on
+        (r"^(audio_branch|audio_encoder\.base\.htsat)\.", ""),  # laion_clap; Microsoft
+        (r"^(audio_model\.)?audio_encoder\.", ""),  # Hugging Face, as all that follows
         (r"^batch_norm\.", "bn0."),
-        (r"\.layernorm_before\.", ".norm1."),
-        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
         (r"\.attention\.self\.query\.", ".attn.qkv.0."),  # three parts, put together on loading
         (r"\.attention\.self\.key\.", ".attn.qkv.1."),
         (r"\.attention\.self\.value\.", ".attn.qkv.2."),
-        (r"\.attention\.self\.", ".attn."),
-        (r"\.attention\.output\.dense\.", ".attn.proj."),
-        (r"\.intermediate\.dense\.", ".mlp.fc1."),
-        (r"\.output\.dense\.", ".mlp.fc2."),
-    ),
+        (r"\.attention\.self\.", ".attn."), (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2.")),
 }
-# What is left out on purpose, once so named: decoders, heads, text towers, copies, states of training
+# What is left out on purpose, once named so: decoders, heads, text towers, copies, training states
 IGNORED = {
     "whisper": r"decoder\.|proj_out\.|projector\.|classifier\.|layer_weights$",
     "sslam": r"_ema\.|(shared_)?decoder\.|recon_proj\.|cls_proj\.|center$|fc_norm\.|head\.|"
              r"args\.|cfg\.|criterion\.|(last_)?optimizer_|task_state\.|extra_state\.",
-    "clap": r"text_|caption_encoder\.|logit_scale|audio_transform\.|audio_projection\.|projection\.|"
+    "clap": r"text_|caption_encoder\.|logit_scale|(audio_)?projection\.|audio_transform\.|"
             r"spectrogram_extractor\.|tscam_conv\.|head\.|optimizer\.|scaler\.|"
             r".*\.(attn_mask|relative_position_index)$|.*\b(mel_conv[12]d|fusion_model)\.",
 }
-# A name that a file of this kind has -> what its front end does unlike CLAPConfig's defaults
-CLAP_FRONT_ENDS = {
-    r"audio_encoder\.base\.htsat\.": CLAP_SIZES["microsoft"],
-    r"mel_conv[12]d\.|fusion_model\.": CLAP_SIZES["fused"],
-}
+# What some name in the file tells of the front end that it was trained with
+CLAP_FRONT_ENDS = {r"audio_encoder\.base\.htsat\.": CLAP_SIZES["microsoft"],
+                   r"mel_conv[12]d\.|fusion_model\.": CLAP_SIZES["fused"],
+                   "": CLAP_SIZES["tiny"]}
 
 
 def load_encoder(kind, path, dtype=torch.float32):
     """
     Open a public checkpoint, a file or a Hugging Face folder, as ENCODERS[kind], in eval mode.
 
-    Which of the public forms it has, and its sizes, are read from the tensors' names and shapes:
-    Whisper of openai/whisper and Hugging Face; SSLAM of fairseq, pre-trained and fine-tuned, and
-    Hugging Face; CLAP of laion_clap, unfused and fused, Hugging Face, and Microsoft (2023).
-    Raises ValueError, one line, naming what is missing, misshapen or not known.
+    Its form and sizes are read off its tensors: Whisper of openai/whisper and Hugging Face; SSLAM
+    of fairseq, pre-trained and fine-tuned, and Hugging Face; CLAP of laion_clap, fused or not,
+    Hugging Face, and Microsoft 2023. ValueError, one line: which tensor is missing or misshapen.
     """
-    assert kind in ENCODERS, f"{kind}: not one of {', '.join(ENCODERS)}"
     tensors = load_tensors(path)
     state = public_names(kind, tensors)
     try:
         config = MEASURE[kind](state, " ".join(tensors))
-    except (KeyError, ValueError, IndexError) as error:  # not there, or not of that many dimensions
+    except (KeyError, ValueError, IndexError) as error:  # absent, or not of so many dimensions
         raise ValueError(f"{path}: no {kind} encoder among its {len(tensors)} tensors ({error})"
                          ) from None
     with torch.device("meta"):  # no memory for weights that are about to be replaced
         encoder = ENCODERS[kind](config)
     wanted = encoder.state_dict()
-    # What is computed, not learned (positions, a mel bank), may be absent: it is not on "meta".
+    # CLAP's mel bank may be absent: computed, it is not on "meta" as what is learned.
     state = {name: t for name, t in wanted.items() if not t.is_meta} | state
     wrong = [f"{name} is missing" for name in wanted if name not in state]
     wrong += [f"{name} is not known" for name in state if name not in wanted]
@@ -717,8 +673,8 @@ def measure_sslam(state, names):
 
 
 def measure_clap(state, names):
-    base = next((c for mark, c in CLAP_FRONT_ENDS.items() if re.search(mark, names)), CLAPConfig())
-    if base.scale == "htk":  # the fused ones carry a bank, but listen through another
+    base = next(config for mark, config in CLAP_FRONT_ENDS.items() if re.search(mark, names))
+    if base.scale == "htk":  # the fused ones carry a bank that they do not listen through
         state.pop("logmel_extractor.melW", None)
     stages = range(count(state, "layers."))
     return replace(base, width=len(state["patch_embed.proj.weight"]),
@@ -731,7 +687,6 @@ MEASURE = {"whisper": measure_whisper, "sslam": measure_sslam, "clap": measure_c
 
 def make_encoder(kind, size="mini"):
     """A new encoder with random weights, of one of ENCODERS[kind].sizes."""
-    assert kind in ENCODERS, f"{kind}: not one of {', '.join(ENCODERS)}"
     sizes = ENCODERS[kind].sizes
     assert size in sizes, f"{size}: not one of {', '.join(sizes)}"
     return ENCODERS[kind](sizes[size])

@@ -1,6 +1,6 @@
 """A plain decoder LLM of the Llama family, from scratch. It knows nothing of audio.
 
-(This clone holds only the reading of weight files.)
+(This branch holds only the reading of weight files.)
 """
 
 import json
@@ -10,6 +10,7 @@ import struct
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 # ---------------------------------------------------------------------------------------------
@@ -31,8 +32,8 @@ def load_tensors(path):
     """
     Read a weight file, or a Hugging Face folder of one or several, as a flat {name: tensor}.
 
-    .safetensors and .pt (.pth, .bin; zip or legacy, also what torch.load(weights_only=True) refuses)
-    are told apart by their content; dicts inside dicts are joined by dots: "model.blocks.0.bias".
+    Safetensors and torch.save's files (zip or legacy, also what weights_only=True refuses) are
+    told apart by their content; dicts inside dicts are joined by dots: "model.blocks.0.bias".
     Tensors are views of the memory-mapped file, read when used; no code in a file is ever run.
     Raises ValueError, one line, for a file that is missing, damaged or something else.
     """
@@ -48,18 +49,16 @@ def load_tensors(path):
             names = json.loads(path.read_text())["weight_map"].values()
             files = [path.parent / name for name in sorted(set(names))]
         for path in files:
-            data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
-            magic = bytes(data[:9].tolist())
+            file = MappedFile(path)
+            magic = file.data[:9].numpy().tobytes()
             if magic[8:] == b"{":
-                tensors.update(read_safetensors(data))
+                tensors.update(read_safetensors(file))
             elif magic[:4] == b"PK\3\4":
-                tensors.update(read_zip(path, data))
+                tensors.update(read_zip(file))
             elif magic[:1] == b"\x80":
-                tensors.update(read_legacy(path, data))
-            else:
-                raise ValueError("neither a .safetensors nor a PyTorch file")
+                tensors.update(read_legacy(file))
         if not tensors:
-            raise ValueError("not one tensor in it")
+            raise ValueError("neither safetensors nor made by torch.save, or without a tensor")
         return tensors
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
@@ -68,20 +67,31 @@ def load_tensors(path):
         raise ValueError(f"{path}: no weights to be read ({reason}); fetch it again") from None
 
 
-def values(data, start, dtype, count):
-    """`count` values of `dtype` from byte `start` of data: a view, wherever alignment allows one."""
-    part = data[start:start + count * dtype.itemsize]
-    if min(start, count) < 0 or len(part) != count * dtype.itemsize:
-        raise ValueError(f"it has {len(data)} bytes, and {count} {dtype} should be at {start}")
-    return (part.clone() if start % dtype.itemsize else part).view(dtype)
+class MappedFile:
+    """A file as a tensor of bytes that are read when they are used."""
+
+    def __init__(self, path):
+        self.path = path
+        self.data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+
+    def values(self, start, dtype, count):
+        """`count` values of `dtype` from byte `start`: a view, or read now if not aligned."""
+        size = count * dtype.itemsize
+        if min(start, count) < 0 or start + size > len(self.data):
+            raise ValueError(f"{len(self.data)} bytes, where {count} {dtype} should be at {start}")
+        if size == 0:
+            return torch.empty(0, dtype=dtype)
+        if start % dtype.itemsize:
+            return torch.from_numpy(np.fromfile(self.path, "u1", size, offset=start)).view(dtype)
+        return self.data[start:start + size].view(dtype)
 
 
-def read_safetensors(data):
+def read_safetensors(file):
     """u64 header length; the header, {name: {dtype, shape, data_offsets}} in JSON; the values."""
-    first = 8 + int.from_bytes(bytes(data[:8].tolist()), "little")
-    if first > len(data):
-        raise ValueError(f"its header promises {first} bytes, and it has {len(data)}")
-    header = json.loads(bytes(data[8:first].numpy()))
+    first = 8 + int.from_bytes(file.data[:8].numpy().tobytes(), "little")
+    if first > len(file.data):
+        raise ValueError(f"its header promises {first} bytes, and it has {len(file.data)}")
+    header = json.loads(file.data[8:first].numpy().tobytes())
     header.pop("__metadata__", None)
     tensors, reached = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -89,7 +99,7 @@ def read_safetensors(data):
         count = math.prod(shape)
         if start != reached or end - start != count * dtype.itemsize:  # no gaps, no overlaps
             raise ValueError(f"{name} claims bytes {start} to {end} for {shape} {dtype}")
-        tensors[name], reached = values(data, first + start, dtype, count).reshape(shape), end
+        tensors[name], reached = file.values(first + start, dtype, count).reshape(shape), end
     return tensors
 
 
@@ -119,8 +129,8 @@ class TensorUnpickler(pickle.Unpickler):
     in a file means Inert, so nothing that could act is within its reach, whatever the file says.
     """
 
-    def __init__(self, file):
-        super().__init__(file, encoding="latin1")
+    def __init__(self, stream):
+        super().__init__(stream, encoding="latin1")
         self.dtypes = {}  # of each storage, by its key
 
     def find_class(self, module, name):
@@ -132,15 +142,15 @@ class TensorUnpickler(pickle.Unpickler):
             return lambda tensor, *about: tensor
         return Inert
 
-    def persistent_load(self, storage):  # ("storage", dtype, key, device, count, view or None)
+    def persistent_load(self, storage):  # ("storage", dtype, key, device, count, ...)
         self.dtypes[storage[2]] = storage[1]
         return storage
 
 
-def read_zip(path, data):
+def read_zip(file):
     """torch.save since 2020: a zip of ROOT/data.pkl and, for each storage, ROOT/data/KEY."""
     start = {}
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file.path) as archive:
         pickled, = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         tree = TensorUnpickler(archive.open(pickled)).load()
         folder = pickled.removesuffix(".pkl") + "/"
@@ -148,36 +158,37 @@ def read_zip(path, data):
             if item.filename.startswith(folder):
                 if item.compress_type != zipfile.ZIP_STORED:
                     raise ValueError(f"{item.filename} is compressed")
-                lengths = struct.unpack_from("<HH", data.numpy(), item.header_offset + 26)
+                lengths = struct.unpack_from("<HH", file.data.numpy(), item.header_offset + 26)
                 start[item.filename.removeprefix(folder)] = item.header_offset + 30 + sum(lengths)
-    return tensors_in(tree, data, start)
+    return tensors_in(tree, file, start)
 
 
-def read_legacy(path, data):
-    """torch.save before that: three pickles about the format, one of the tree, one of the storages'
-    keys; then the storages in that order, each after an int64 count."""
-    with open(path, "rb") as file:
+def read_legacy(file):
+    """torch.save before: three pickles about the format, one of the tree, one of the keys of the
+    storages; then the storages in that order, each after an int64 count."""
+    with open(file.path, "rb") as stream:
         for _ in range(3):
-            TensorUnpickler(file).load()
-        reader = TensorUnpickler(file)
-        tree, keys = reader.load(), TensorUnpickler(file).load()
-        at = file.tell()
+            TensorUnpickler(stream).load()
+        reader = TensorUnpickler(stream)
+        tree, keys = reader.load(), TensorUnpickler(stream).load()
+        at = stream.tell()
     start = {}
     for key in keys:
         start[key] = at + 8
-        at += 8 + values(data, at, torch.int64, 1).item() * reader.dtypes[key].itemsize
-    return tensors_in(tree, data, start)
+        at += 8 + file.values(at, torch.int64, 1).item() * reader.dtypes[key].itemsize
+    return tensors_in(tree, file, start)
 
 
-def tensors_in(tree, data, start, prefix=""):
-    """Flatten nested dicts, each Note in them turned into its tensor, a view of the file's bytes."""
+def tensors_in(tree, file, start, prefix=""):
+    """Flatten nested dicts, and make of each Note in them its tensor; `start` says where
+    each storage's bytes begin."""
     tensors = {}
     for name, node in tree.items():
         if isinstance(node, dict):
-            tensors.update(tensors_in(node, data, start, f"{prefix}{name}."))
+            tensors.update(tensors_in(node, file, start, f"{prefix}{name}."))
         elif isinstance(node, Note):
             (_, dtype, key, _, count, *_), offset, size, stride = node
-            storage = values(data, start[key], dtype, count)
-            tensors[f"{prefix}{name}"] = storage.as_strided(
-                size, stride, storage.storage_offset() + offset)
+            values = file.values(start[key], dtype, count)
+            tensors[f"{prefix}{name}"] = values.as_strided(
+                size, stride, values.storage_offset() + offset)
     return tensors

@@ -47,7 +47,7 @@ def weight(name, shape):
 
 
 def sslam_positions(columns):
-    """(1, columns * 8, 128), as it is found in SSLAM's files: band in the first half, time after."""
+    """(1, columns * 8, 128), as found in SSLAM's files: the band in the first half, then time."""
     angle = [[place / 10000 ** (i / 32) for i in range(32)] for place in range(columns)]
     wave = np.concatenate([np.sin(angle), np.cos(angle)], 1)  # (columns, 64)
     return np.stack([np.concatenate([wave[f], wave[t]])
@@ -100,7 +100,8 @@ def whisper_hf():
     learned, fixed = fill(model)
     fixed.pop("decoder.embed_positions.weight", None)
     extract = WhisperFeatureExtractor(feature_size=128, chunk_length=1)
-    x = torch.from_numpy(extract(sound(0.7, 16000), sampling_rate=16000)["input_features"][0])[None]
+    x = extract(sound(0.7, 16000), sampling_rate=16000)["input_features"][0]
+    x = torch.from_numpy(x)[None]
     save("whisper_hf", learned, fixed, x[:, :, ::8].numpy(),
          model.encoder(x).last_hidden_state.detach().numpy())
 
@@ -140,11 +141,13 @@ def sslam():
         h = torch.nn.functional.layer_norm(h, (128,), w[image + norm + ".weight"],
                                            w[image + norm + ".bias"], 1e-6)
         names = {"norm1.": "norm1.", "norm2.": "norm2.", "attn.qkv.": "self_attn.in_proj_",
-                 "attn.proj.": "self_attn.out_proj.", "mlp.fc1.": "linear1.", "mlp.fc2.": "linear2."}
+                 "attn.proj.": "self_attn.out_proj.",
+                 "mlp.fc1.": "linear1.", "mlp.fc2.": "linear2."}
         for n in range(2):
-            layer = torch.nn.TransformerEncoderLayer(128, 2, 512, 0, "gelu", 1e-6, batch_first=True)
+            layer = torch.nn.TransformerEncoderLayer(128, 2, 512, 0, "gelu", 1e-6, True)
             layer.load_state_dict({theirs + end: w[f"{top}blocks.{n}.{ours}{end}"]
-                                   for ours, theirs in names.items() for end in ("weight", "bias")})
+                                   for ours, theirs in names.items()
+                                   for end in ("weight", "bias")})
             h = layer(h)
         save(scheme, shapes, {}, x[:, :, ::8].numpy(), h.detach().numpy())
 
@@ -188,7 +191,8 @@ def clap_originals():
                              htsat(package, **settings))
             inner = getattr(inner, part)
         learned, fixed = fill(shell)
-        fixed = {n: t for n, t in fixed.items() if n.endswith(("melW", "num_batches_tracked")) or "layers.0.blocks.1" in n}
+        fixed = {n: t for n, t in fixed.items()
+                 if n.endswith(("melW", "num_batches_tracked")) or "layers.0.blocks.1" in n}
         wave = sound(3.3, rate)
         if package == "msclap":
             wave = np.tile(wave, 3)[:seconds * rate]
