@@ -404,11 +404,10 @@ class SSLAM(Encoder):
         self.blocks = nn.Sequential(*blocks)
 
     def spectrogram(self, wave):
-        wave = wave - wave.mean(1, keepdim=True)  # of the whole clip, also of what is cut off
         wave = F.pad(wave, (0, max(0, 400 - wave.shape[1])))  # at least one frame
         x = wave[:, :240 + self.frames * 160].unfold(1, 400, 160)  # (B, F, 400)
-        x = x - x.mean(2, keepdim=True)
-        x = x - 0.97 * F.pad(x, (1, 0), mode="replicate")[..., :-1]  # pre-emphasis, by the frame
+        x = x - x.mean(2, keepdim=True)  # which undoes any offset of the whole clip as well
+        x = x - 0.97 * F.pad(x, (1, 0))[..., :-1]  # pre-emphasis; the window is 0 where it starts
         x = torch.fft.rfft(x * self.window.to(x.device), 512)
         mel = (x.real.square() + x.imag.square()) @ self.bank.to(wave.device)
         x = mel.clamp(min=2.0 ** -23).log()
