@@ -1,14 +1,15 @@
 """
 Sound to features: read a file, make its spectrogram, encode it into a grid of tokens.
 
-The ears of the paper (section 3, "audio encoders"): Whisper for speech, SSLAM for sound at large.
-They are the originals' architectures, with the originals' parameter names, at the originals'
-sizes, and each has a miniature beside them that a laptop trains. Nothing here knows of LLMs.
+The paper's three audio encoders: Whisper for speech, SSLAM and CLAP for sounds at large. They are
+the originals' architectures, with the originals' parameter names, open the originals' checkpoints,
+and each has a miniature beside its real sizes that a laptop trains. Nothing here knows of LLMs.
 
     python -c "import encoders as e; w = e.load_audio('clip.wav', 16000); \
                m = e.make_encoder('sslam'); print(m(m.front_end(w[None])).shape, m.grid)"
 
-Letters: B batch, N tokens, D width, H heads, F frames of a spectrogram, M its mel bands.
+Letters: B batch, N tokens, D width, H heads, F frames of a spectrogram, M its mel bands, R the side
+of CLAP's square map, nW its windows.
 """
 
 import math
@@ -45,10 +46,8 @@ def load_audio(path, rate):
         raw = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    if raw[:4] == b"RIFF" and raw[8:12] == b"WAVE":
-        wave, file_rate = read_wav(path, raw)
-    else:
-        wave, file_rate = read_other(path, raw)
+    read = read_wav if raw[:4] == b"RIFF" and raw[8:12] == b"WAVE" else read_other
+    wave, file_rate = read(path, raw)
     if len(wave) == 0:
         raise ValueError(f"{path}: holds no samples (0 s of sound); record it again")
     wave = wave.mean(1)  # (samples, channels) -> (samples,)
@@ -119,12 +118,9 @@ def save_wav(path, wave, rate):
 
 def resample(wave, old, new, zeros=6, rolloff=0.99):
     """
-    (samples,) at `old` Hz -> (ceil(samples * new / old),) at `new` Hz, band-limited:
-
-        out(m) = sum_n x(n) h(n / old - m / new)
-
-    where h is a sinc, cut off at `rolloff` of the lower Nyquist frequency, under a Hann window of
-    `zeros` crossings to either side: what torchaudio.functional.resample does by default.
+    (samples,) at `old` Hz -> (ceil(samples * new / old),) at `new` Hz, band-limited as
+    torchaudio.functional.resample does by default: out(m) = sum_n x(n) h(n / old - m / new), h a
+    sinc cut off at `rolloff` of the lower Nyquist frequency, Hann-windowed to `zeros` crossings.
     """
     if old == new:
         return wave
@@ -598,7 +594,7 @@ IGNORED = {
             r"spectrogram_extractor\.|tscam_conv\.|head\.|optimizer\.|scaler\.|"
             r".*\.(attn_mask|relative_position_index)$|.*\b(mel_conv[12]d|fusion_model)\.",
 }
-# What some name in the file tells of the front end that it was trained with
+# What a name in the file tells of the front end that it was trained with; the first that is found
 CLAP_FRONT_ENDS = {r"audio_encoder\.base\.htsat\.": CLAP_SIZES["microsoft"],
                    r"mel_conv[12]d\.|fusion_model\.": CLAP_SIZES["fused"],
                    "": CLAP_SIZES["tiny"]}

@@ -282,23 +282,16 @@ def slow_kaldi(x):
 
 
 @pytest.mark.parametrize("seconds", [4.0, 1.237, 5.1])
-def test_sslam_front_end(seconds):
+def test_sslam_front_end(seconds, recwarn):
     wave = clip(seconds)
     rows = slow_kaldi(wave.numpy())
     assert len(rows) == 1 + (len(wave) - 400) // 160
     rows = np.pad(rows, ((0, max(0, 400 - len(rows))), (0, 0)))[:400]  # zeros, then normalised
-    with pytest.warns(match="first 4 s") if seconds > 4 else no_warning():
-        ours = make_encoder("sslam").front_end(wave[None])
+    ours = make_encoder("sslam").front_end(wave[None])
+    assert len(recwarn) == (seconds > 4)
     assert np.abs(ours[0, 0].numpy() - (rows + 4.268) / 9.138).max() < 1e-3
     if seconds < 4:
         assert abs(ours[0, 0, -1, 0].item() - 0.46706) < 1e-5
-
-
-def no_warning():
-    import warnings
-    context = warnings.catch_warnings()
-    warnings.simplefilter("error")
-    return context
 
 
 # ---------------------------------------------------------------------------------------------
