@@ -8,8 +8,8 @@ and each has a miniature beside its real sizes that a laptop trains. Nothing her
     python -c "import encoders as e; w = e.load_audio('clip.wav', 16000); \
                m = e.make_encoder('sslam'); print(m(m.front_end(w[None])).shape, m.grid)"
 
-Letters: B batch, N tokens, D width, H heads, F frames of a spectrogram, M its mel bands, R the side
-of CLAP's square map, nW its windows.
+Letters: B batch, N tokens, D width, H heads, F frames of a spectrogram, M its mel bands, R the
+side of CLAP's square map, nW its windows.
 """
 
 import math

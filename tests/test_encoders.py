@@ -1,6 +1,8 @@
 """
-The ears: every file format and every bad file, each front end against a slow second version of
-itself, each encoder against an independent composition.   python -m pytest tests/test_encoders.py
+The ears: every file format and every bad file; front ends and encoders against a second version of
+themselves and, as public checkpoints, against the originals' own outputs; hostile weight files.
+
+    python -m pytest tests/test_encoders.py
 """
 
 import json
@@ -35,7 +37,7 @@ def one_thread():
 
 
 def randomise(module, seed=0):
-    """Every parameter and buffer at random and far from its start: a zero bias hides errors."""
+    """Every parameter at random and far from its start: a zero bias hides errors."""
     g = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         scale = 0.3 if p.ndim == 1 else p[0].numel() ** -0.5
