@@ -1,20 +1,52 @@
 """A plain decoder LLM of the Llama family, from scratch. It knows nothing of audio.
 
-(This branch holds only the reading of weight files.)
-"""
+Embeddings in, positions, a cache: that is all that integrate.py needs to let it hear. One rule says
+what sees what: a query sees every key whose position is not after its own. Try:
 
+    python -c "from model import *; llm = LLM(LLMConfig()); print(llm.generate([1, 2, 3], 5))"
+
+Letters in shapes: B batch, T new tokens, S all tokens so far, D width, H heads, K key-value heads,
+d head width, V vocabulary.
+"""
+import io
 import json
 import math
 import pickle
 import struct
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-# ---------------------------------------------------------------------------------------------
-# Weight files
+FAR = 1 << 30  # the position of padding: after every query, so no query sees it
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """Sizes of the decoder, named as in Hugging Face's config.json; by default our miniature."""
+    vocab_size: int = 512
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    qkv_bias: bool = False
+
+    def __post_init__(self):
+        H, K = self.num_attention_heads, self.num_key_value_heads
+        assert H % K == 0, f"{H} heads cannot share {K} key-value heads evenly"
+        assert self.head_dim % 2 == 0, f"rotary positions need pairs: head_dim {self.head_dim} is odd"
+
+
+# ----------------------------------------------------------------------------------- weight files
 
 # torch's types by their names in .safetensors, and by those of their storages in .pt
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
@@ -192,3 +224,349 @@ def tensors_in(tree, file, start, prefix=""):
             tensors[f"{prefix}{name}"] = values.as_strided(
                 size, stride, values.storage_offset() + offset)
     return tensors
+
+
+# ---------------------------------------------------------------------------- positions and cache
+
+def place(start, count, lengths=None):
+    """Positions (1 or B, count) of `count` tokens from `start` on, and the start of what follows.
+
+    start: an int, or (B, 1) when the rows differ. Rows with fewer than `count` tokens say so in
+    `lengths` (B,); what is left over is padding, at FAR.
+    """
+    steps = torch.arange(count, device=None if isinstance(start, int) else start.device)[None]
+    if lengths is None:
+        return start + steps, start + count
+    steps, lengths = steps.to(lengths.device), lengths[:, None]
+    return (start + steps).masked_fill(steps >= lengths, FAR), start + lengths
+
+
+def end(positions):
+    """The start (rows, 1) of what follows tokens at these positions (rows, n), padding left out."""
+    positions = positions.masked_fill(positions == FAR, -1)
+    return F.pad(positions, (1, 0), value=-1).amax(dim=1, keepdim=True) + 1  # no tokens end at 0
+
+
+class KVCache:
+    """What each layer has read: keys and values (B, S, K, d), and their positions (1 or B, S).
+
+    Without `room` new keys are concatenated, so gradients flow through the cache (training). With
+    `room` every layer gets that many slots at once, written in place (generation). Layers may hold
+    different tokens: those that hold the same share one tensor of positions, and so one mask.
+    """
+
+    def __init__(self, layers, room=0):
+        self.keys, self.values, self.positions = [None] * layers, [None] * layers, [None] * layers
+        self.next = 0  # where the next token goes: an int, or (B, 1) when the rows differ
+        self.plain = True  # every key lies before `next`: nothing is padding
+        self.room = room
+
+    def extend(self, positions, layers=None):
+        """Say that these layers (None: all) will now append tokens at `positions` (1 or B, T)."""
+        longer = {}
+        for i in range(len(self.positions)) if layers is None else layers:
+            old = self.positions[i]
+            if id(old) not in longer:
+                longer[id(old)] = positions if old is None else join_rows(old, positions)
+            self.positions[i] = longer[id(old)]
+
+    def append(self, layer, k, v):
+        """Add one layer's new keys and values (B, T, K, d), after `extend`; returns all it has."""
+        S, T = self.positions[layer].shape[1], k.shape[1]
+        for store, new in ((self.keys, k), (self.values, v)):
+            if not self.room:
+                store[layer] = new if store[layer] is None else join_rows(store[layer], new)
+                continue
+            if store[layer] is None:
+                store[layer] = new.new_empty(new.shape[0], self.room, *new.shape[2:])
+            slots = store[layer].shape[1]
+            assert S <= slots, f"{S} tokens do not fit into a cache of {slots} slots"
+            store[layer][:, S - T:S] = new
+        return self.keys[layer][:, :S], self.values[layer][:, :S]
+
+    def fork(self, rows, room):
+        """A copy with `room` more slots, whose row i continues row rows[i] of this one.
+
+        The original stays as it was: hear once, ask many.
+        """
+        def choose(x):
+            return x if not torch.is_tensor(x) or x.shape[0] == 1 else x[rows]
+
+        new = KVCache(len(self.keys), room)
+        new.next, new.plain = choose(self.next), self.plain
+        for i, positions in enumerate(self.positions):
+            if positions is None:
+                continue
+            same = [j for j in range(i) if self.positions[j] is positions]  # keep sharing
+            new.positions[i] = new.positions[same[0]] if same else choose(positions)
+            S = positions.shape[1]
+            for old, store in ((self.keys[i], new.keys), (self.values[i], new.values)):
+                store[i] = old.new_empty(len(rows), S + room, *old.shape[2:])
+                store[i][:, :S] = choose(old)[:, :S]
+        return new
+
+
+def join_rows(a, b):
+    """Concatenate along dimension 1; a batch of one stands for every row."""
+    B = max(a.shape[0], b.shape[0])
+    return torch.cat([a.expand(B, *a.shape[1:]), b.expand(B, *b.shape[1:])], dim=1)
+
+
+def visibility(queries, keys, dtype):
+    """The one rule: 0 where the key's position is not after the query's, else -inf.
+
+    queries (1 or B, T), keys (1 or B, S) are positions -> (1 or B, 1, T, S), to be added to scores.
+    """
+    hidden = keys[:, None, None, :] > queries[:, None, :, None]
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
+
+
+def rotary(positions, config, dtype):
+    """cos and sin (1 or B, T, 1, d) of the angles position * theta^(-2i/d), i < d/2, twice."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    i = torch.arange(0, config.head_dim, 2, dtype=exact, device=positions.device)
+    angles = positions[..., None].to(exact) * config.rope_theta ** (-i / config.head_dim)
+    angles = torch.cat([angles, angles], dim=-1)[:, :, None]  # (1 or B, T, d/2) -> (1 or B, T, 1, d)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x, rope):
+    """Turn each pair (x[i], x[i + d/2]) of x (B, T, heads, d) by its position's angle."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+# ------------------------------------------------------------------------------------- the decoder
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.head_dim))  # (B, T, heads * d) -> (B, T, heads, d)
+
+    def forward(self, x, rope, mask, cache, layer):
+        q = rotate(self.heads(self.q_proj(x)), rope)
+        k = rotate(self.heads(self.k_proj(x)), rope)
+        v = self.heads(self.v_proj(x))
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T or S, d)
+        # softmax(q k^T / sqrt(d) + mask) v; told "causal", the kernel needs no mask and skips half
+        causal = isinstance(mask, str)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask,
+                                           is_causal=causal, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, rope, mask, cache, layer):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything between the embedded tokens and the logits."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x, positions=None, cache=None):
+        """x (B, T, D) -> (B, T, D). See LLM.forward for positions and cache."""
+        cache_is_empty = cache is None or all(p is None for p in cache.positions)
+        in_order = positions is None
+        if in_order:
+            positions, after = place(0 if cache is None else cache.next, x.shape[1])
+        else:
+            after = end(positions)
+        positions = positions.to(x.device)
+        masks = {}  # one for every distinct set of keys: a single one, unless layers were left out
+        if cache is not None:
+            cache.extend(positions)
+            cache.plain = cache.plain and in_order
+            cache.next = after
+        if in_order and cache_is_empty:
+            masks[None] = "causal"
+        elif in_order and cache.plain and x.shape[1] == 1:
+            masks[None] = None  # one more token after everything else: it sees all
+        rope = rotary(positions, self.config, x.dtype)
+        for i, block in enumerate(self.layers):
+            keys = positions if cache is None else cache.positions[i]
+            if None not in masks and id(keys) not in masks:
+                masks[id(keys)] = visibility(positions, keys, x.dtype)
+            x = block(x, rope, masks[None] if None in masks else masks[id(keys)], cache, i)
+        return self.norm(x)
+
+
+class LLM(nn.Module):
+    """A decoder LLM: `llm(ids)` gives logits, `llm.generate(ids, n)` gives new ids."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self._initialise)
+
+    def _initialise(self, module):
+        # std 1/sqrt(D), which is GPT-2's 0.02 at its sizes; what writes into the residual stream
+        # starts smaller by sqrt(2 * layers), so that the stream keeps its size
+        std = self.config.hidden_size ** -0.5
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, Block):
+            for out in (module.self_attn.o_proj, module.mlp.down_proj):
+                nn.init.normal_(out.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
+
+    def embed(self, ids):
+        return self.model.embed_tokens(ids)  # (B, T) -> (B, T, D)
+
+    def head(self, hidden):
+        """Logits (..., V) of hidden states (..., D)."""
+        tied = self.config.tie_word_embeddings
+        return F.linear(hidden, self.model.embed_tokens.weight if tied else self.lm_head.weight)
+
+    def forward(self, ids=None, embeds=None, positions=None, cache=None):
+        """Logits (B, T, V) of ids (B, T) or of their embeddings (B, T, D), one of the two.
+
+        positions (1 or B, T): None means in order, after what the cache holds. FAR marks padding.
+        cache: a KVCache; these tokens see what it holds, and are added to it.
+        """
+        assert (ids is None) != (embeds is None), "give ids or embeds, one of the two"
+        embeds = self.embed(ids) if embeds is None else embeds
+        return self.head(self.model(embeds, positions, cache))
+
+    @torch.no_grad()
+    def generate(self, ids, max_new_tokens, temperature=0.0, top_p=1.0, cache=None, rows=None,
+                 eos_id=None, seed=None, on_token=None):
+        """Continue one prompt (a list of ids) or a batch of them (a list of lists, or (B, T)).
+
+        temperature 0 takes the likeliest token; above 0 it samples, from the likeliest tokens that
+        together have probability top_p. Ends after max_new_tokens, or at eos_id, which is left out.
+        cache: what was heard or read before; it is left as it was. Prompt i continues its row
+        rows[i]; without rows it has one row for all of them, or one each.
+        on_token: called with the list of the step's ids, one a row (None: that row has ended).
+        Returns the new ids: a list, or for a batch a list of lists.
+        """
+        single = not torch.is_tensor(ids) and (len(ids) == 0 or isinstance(ids[0], int))
+        prompts = [ids] if single else ids.tolist() if torch.is_tensor(ids) else ids
+        if not prompts or not all(prompts):
+            raise ValueError("nothing to continue: every prompt needs at least one token")
+        device = self.model.embed_tokens.weight.device
+        B, lengths = len(prompts), torch.tensor([len(p) for p in prompts], device=device)
+        T = max(len(p) for p in prompts)
+        batch = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)
+        cache = cache or KVCache(self.config.num_hidden_layers)
+        cache = cache.fork(range(B) if rows is None else rows, T + max_new_tokens)
+        ragged = min(len(p) for p in prompts) < T
+        positions = place(cache.next, T, lengths)[0] if ragged else None
+        dice = None if seed is None else torch.Generator(device).manual_seed(seed)
+        hidden = self.model(self.embed(batch), positions, cache)
+        hidden = hidden[torch.arange(B, device=device), lengths - 1]  # (B, D): each prompt's last
+        answers, ended = [[] for _ in prompts], [False] * B
+        for step in range(max_new_tokens):
+            token = pick(self.head(hidden), temperature, top_p, dice)  # (B,)
+            new = token.tolist()
+            ended = [e or t == eos_id for e, t in zip(ended, new)]
+            for answer, t, e in zip(answers, new, ended):
+                if not e:
+                    answer.append(t)
+            if on_token:
+                on_token([None if e else t for t, e in zip(new, ended)])
+            if all(ended) or step == max_new_tokens - 1:
+                break
+            hidden = self.model(self.embed(token[:, None]), None, cache)[:, 0]
+        return answers[0] if single else answers
+
+
+def pick(logits, temperature, top_p, dice=None):
+    """The next token (B,) from logits (B, V): the likeliest, or drawn (nucleus sampling, top-p)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    p, order = torch.softmax(logits.float() / temperature, dim=-1).sort(dim=-1, descending=True)
+    p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)  # the likeliest token always stays
+    return order.gather(1, torch.multinomial(p, 1, generator=dice))[:, 0]
+
+
+# -------------------------------------------------------------------------------------- tokenizers
+
+class SentencePieceTokenizer:
+    """Text to ids and back, exactly: unknown characters become bytes, white space is kept."""
+
+    def __init__(self, proto):
+        from sentencepiece import SentencePieceProcessor
+        self.proto = proto  # the bytes of a .model file
+        self.pieces = SentencePieceProcessor(model_proto=proto)
+        self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
+        self.vocab_size = len(self.pieces)
+
+    def encode(self, text):
+        return self.pieces.encode(text)
+
+    def decode(self, ids):
+        return self.pieces.decode(list(ids))
+
+
+def train_tokenizer(texts, vocab_size):
+    """A SentencePiece tokenizer (unigram, byte fallback) learnt from an iterable of strings."""
+    import sentencepiece
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=out, vocab_size=vocab_size, byte_fallback=True,
+        character_coverage=1.0, normalization_rule_name="identity", add_dummy_prefix=False,
+        remove_extra_whitespaces=False, hard_vocab_limit=False, num_threads=1, minloglevel=2)
+    return SentencePieceTokenizer(out.getvalue())
+
+
+def load_tokenizer(path):
+    """The tokenizer in a SentencePiece .model file. ValueError if it cannot be used."""
+    try:
+        return SentencePieceTokenizer(Path(path).read_bytes())
+    except OSError as e:
+        raise ValueError(f"{path}: cannot read the tokenizer ({e.strerror})") from None
+    except RuntimeError:
+        raise ValueError(f"{path}: not a SentencePiece .model file") from None

@@ -1,0 +1,179 @@
+"""The decoder, its cache, generation and the tokenizer."""
+import math
+
+import pytest
+import torch
+
+from model import (FAR, LLM, KVCache, LLMConfig, load_tokenizer, pick, place, train_tokenizer,
+                   visibility)
+
+
+def make(seed=0, **sizes):
+    """A small decoder in float64 whose weights are large enough for its choices to be clear."""
+    torch.manual_seed(seed)
+    config = dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3,
+                  num_attention_heads=4, num_key_value_heads=2, head_dim=6)
+    llm = LLM(LLMConfig(**(config | sizes))).double()
+    for p in llm.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return llm
+
+
+def straight_line(llm, ids):
+    """The same logits with nothing shared, cached or fused: one query, one head at a time."""
+    c, x = llm.config, llm.model.embed_tokens.weight[ids].clone()  # (T, D)
+    norm = lambda x, m: x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * m.weight
+
+    def turned(v, position):
+        d = c.head_dim
+        out = v.clone()
+        for i in range(d // 2):
+            angle = position * c.rope_theta ** (-2 * i / d)
+            a, b = v[i], v[i + d // 2]
+            out[i] = a * math.cos(angle) - b * math.sin(angle)
+            out[i + d // 2] = b * math.cos(angle) + a * math.sin(angle)
+        return out
+
+    for block in llm.model.layers:
+        h, a = norm(x, block.input_layernorm), block.self_attn
+        q, k, v = ((p(h)).view(len(ids), -1, c.head_dim) for p in (a.q_proj, a.k_proj, a.v_proj))
+        rows = []
+        for t in range(len(ids)):
+            heads = []
+            for head in range(c.num_attention_heads):
+                shared = head // (c.num_attention_heads // c.num_key_value_heads)
+                scores = torch.stack([turned(q[t, head], t) @ turned(k[s, shared], s)
+                                      for s in range(t + 1)]) / c.head_dim ** 0.5
+                heads.append(scores.softmax(0) @ v[:t + 1, shared])
+            rows.append(torch.cat(heads))
+        x = x + torch.stack(rows) @ a.o_proj.weight.T
+        h, m = norm(x, block.post_attention_layernorm), block.mlp
+        gate = h @ m.gate_proj.weight.T
+        x = x + (gate * gate.sigmoid() * (h @ m.up_proj.weight.T)) @ m.down_proj.weight.T
+    head = llm.model.embed_tokens if c.tie_word_embeddings else llm.lm_head
+    return norm(x, llm.model.norm) @ head.weight.T
+
+
+@pytest.mark.parametrize("sizes", [
+    {}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"tie_word_embeddings": False},
+    {"qkv_bias": True}, {"rope_theta": 100.0}])
+def test_logits_equal_a_straight_line_computation(sizes):
+    llm = make(1, **sizes)
+    ids = torch.randint(50, (6,))
+    assert torch.allclose(llm(ids[None])[0], straight_line(llm, ids), rtol=0, atol=1e-10)
+
+
+def test_only_the_distance_between_tokens_matters():
+    llm, ids = make(2), torch.randint(50, (1, 7))
+    far_away = llm(ids, positions=torch.arange(7)[None] + 1000)
+    assert torch.allclose(llm(ids), far_away, rtol=0, atol=1e-9)
+    assert not torch.allclose(llm(ids), llm(ids, positions=2 * torch.arange(7)[None]), atol=1e-3)
+
+
+@pytest.mark.parametrize("room", [0, 12])
+@pytest.mark.parametrize("cuts", [(12,), (1, 11), (5, 1, 6), (1,) * 12])
+def test_a_cache_read_in_pieces_gives_the_same_logits(room, cuts):
+    llm, ids = make(3), torch.randint(50, (2, 12))
+    cache = KVCache(3, room)
+    with torch.no_grad():
+        pieces = [llm(part, cache=cache) for part in ids.split(list(cuts), dim=1)]
+        assert torch.allclose(torch.cat(pieces, 1), llm(ids), rtol=0, atol=1e-12)
+
+
+def test_gradients_flow_through_the_growing_cache():
+    llm, ids = make(4), torch.randint(50, (1, 6))
+    whole = llm.embed(ids).detach().requires_grad_()
+    llm(embeds=whole)[:, -1].square().sum().backward()
+    parts = llm.embed(ids).detach().requires_grad_()
+    cache = KVCache(3)
+    llm(embeds=parts[:, :4], cache=cache)
+    llm(embeds=parts[:, 4:], cache=cache)[:, -1].square().sum().backward()
+    assert torch.allclose(whole.grad, parts.grad, rtol=0, atol=1e-9)
+
+
+def test_padding_is_a_position_that_no_query_reaches():
+    llm = make(5)
+    ids = torch.randint(50, (2, 8))
+    positions, after = place(0, 8, torch.tensor([8, 5]))
+    cache = KVCache(3)
+    logits = llm(ids, positions=positions, cache=cache)
+    assert torch.allclose(logits[1, :5], llm(ids[1:, :5])[0], rtol=0, atol=1e-12)
+    assert after.tolist() == [[8], [5]] and torch.equal(cache.next, after)
+    more = torch.randint(50, (2, 1))
+    alone = llm(torch.cat([ids[1, :5], more[1]])[None])[0, -1]
+    assert torch.allclose(llm(more, cache=cache)[1, 0], alone, rtol=0, atol=1e-12)
+
+
+def test_the_one_rule():
+    keys, queries = torch.tensor([[0, 3, 1, FAR]]), torch.tensor([[2, 0, 3]])
+    seen = visibility(queries, keys, torch.float32)[0, 0] == 0
+    assert seen.tolist() == [[True, False, True, False], [True, False, False, False],
+                             [True, True, True, False]]
+
+
+def uncached(llm, prompt, n):
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(llm(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt):]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_generation_of_unequal_prompts_equals_each_alone_uncached(seed):
+    llm = make(seed)
+    prompts = [[3, 4, 5, 6, 7], [9], [1, 2, 30], [8, 8, 8, 8, 8]]
+    want = [uncached(llm, p, 10) for p in prompts]
+    assert llm.generate(prompts, 10) == want
+    assert [llm.generate(p, 10) for p in prompts] == want
+    assert llm.generate(torch.tensor([prompts[0], prompts[3]]), 10) == [want[0], want[3]]
+
+
+def test_generation_leaves_the_cache_alone_and_chooses_its_rows():
+    llm = make(6)
+    cache = KVCache(3)
+    read = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    llm(read, cache=cache)
+    for _ in range(2):  # the second time gives the same only if the first left no trace
+        got = llm.generate([[9, 1], [2], [9]], 6, cache=cache, rows=[1, 0, 1])
+        assert got == [uncached(llm, p, 6) for p in ([6, 7, 8, 9, 1], [3, 4, 5, 2], [6, 7, 8, 9])]
+
+
+def test_generation_stops_at_the_end_of_text():
+    llm = make(7)
+    free = llm.generate([5, 6], 12)
+    end = free[3]
+    assert llm.generate([5, 6], 12, eos_id=end) == free[:free.index(end)]
+    seen = []
+    llm.generate([[5, 6], [7, 8]], 12, eos_id=end, on_token=seen.append)
+    assert [row[0] for row in seen if row[0] is not None] == free[:free.index(end)]
+
+
+def test_sampling():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20000, 4)
+    dice = torch.Generator().manual_seed(0)
+    share = lambda t, p: pick(logits, t, p, dice).bincount(minlength=4) / 20000
+    assert torch.allclose(share(1.0, 1.0), torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.02)
+    assert torch.allclose(share(1.0, 0.7), torch.tensor([0.625, 0.375, 0, 0]), atol=0.02)
+    assert torch.allclose(share(0.5, 1.0)[0], torch.tensor(0.25 / 0.365), atol=0.02)
+    assert share(1.0, 1e-9)[0] == 1 and (pick(logits, 0, 1.0) == 0).all()
+    llm = make(8)
+    assert llm.generate([1], 8, 1.0, seed=3) == llm.generate([1], 8, 1.0, seed=3)
+
+
+def test_nothing_to_continue_is_said():
+    for nothing in ([], [[]], [[1], []]):
+        with pytest.raises(ValueError, match="at least one token"):
+            make().generate(nothing, 3)
+
+
+def test_tokenizer_gives_every_text_back(tmp_path):
+    tokenizer = train_tokenizer([f"a siren and {n} drums." for n in range(100)], 320)
+    for text in ("a siren", "  two  spaces ", "new: Ünïcödé 猫 🎧\n\ttab", "", "</s> <s> <unk>"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eos_id not in tokenizer.encode("</s>")
+    (tmp_path / "t.model").write_bytes(tokenizer.proto)
+    assert load_tokenizer(tmp_path / "t.model").encode("a drum") == tokenizer.encode("a drum")
+    (tmp_path / "bad.model").write_bytes(b"nothing of the kind")
+    for name in ("bad.model", "none.model"):
+        with pytest.raises(ValueError, match=name):
+            load_tokenizer(tmp_path / name)

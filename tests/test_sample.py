@@ -1,0 +1,307 @@
+"""Asking: options and their errors, lists of questions, one question, many questions."""
+import json
+import os
+import struct
+import subprocess
+import sys
+import wave
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+from encoders import load_audio
+from integrate import AudioLLM
+from sample import read_items
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_wav(path, seconds, rate=16000, channels=1, seed=0):
+    samples = np.random.default_rng(seed).integers(-9000, 9000, (int(seconds * rate), channels))
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(samples.astype("<i2").tobytes())
+    return path
+
+
+def not_numbers(path):
+    data = np.full(900, np.nan, "<f4").tobytes()
+    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16,
+                         3, 1, 16000, 64000, 4, 32, b"data", len(data))
+    path.write_bytes(header + data)
+
+
+# Sound files that cannot be heard, and what the refusal has to say. Used for training too.
+BAD_SOUNDS = {
+    "cut": (lambda path: path.write_bytes(write_wav(path, 1).read_bytes()[:999]), "truncated"),
+    "missing": (lambda path: None, "no such"),
+    "folder": (lambda path: path.mkdir(), ""),
+    "empty": (lambda path: path.write_bytes(b""), "empty"),
+    "header": (lambda path: path.write_bytes(write_wav(path, 1).read_bytes()[:20]), ""),
+    "text": (lambda path: path.write_text("no sound at all\n"), "not a "),
+    "no_samples": (lambda path: write_wav(path, 0), "no samples"),
+    "nan": (not_numbers, "NaN")}
+
+
+def item(audio="a.wav", **fields):
+    return {"audio_id": audio, "instruction": "What is it?", "output": "a dog"} | fields
+
+
+# --------------------------------------------------------------------------- lists of questions
+
+@pytest.fixture
+def sounds(tmp_path):
+    write_wav(tmp_path / "a.wav", 0.5)
+    (tmp_path / "more").mkdir()
+    write_wav(tmp_path / "more" / "ä b.wav", 0.3)
+    return tmp_path
+
+
+def test_a_json_list_and_json_lines_are_the_same(sounds):
+    raw = [item(), item("more/ä b.wav", instruction="Who?", task="t", dataset="d"),
+           item(output="two\nlines, \u2028 and \x85")]
+    (sounds / "q.json").write_text(json.dumps(raw, indent=2))
+    lines = [json.dumps(r, ensure_ascii=False) for r in raw]
+    (sounds / "q.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    (sounds / "more" / "q.json").write_text("\ufeff" + json.dumps(raw), encoding="utf-8")
+    items = read_items(sounds / "q.json")
+    assert items == read_items(sounds / "q.jsonl")
+    assert items == read_items(sounds / "more" / "q.json", sounds)
+    assert items[0] == {"audio": sounds / "a.wav", "instruction": "What is it?", "output": "a dog",
+                        "task": "question", "dataset": "q"}
+    assert (items[1]["task"], items[1]["dataset"]) == ("t", "d")
+    assert items[2]["output"] == raw[2]["output"].strip()
+
+
+def test_an_input_is_added_to_the_instruction(sounds):
+    raw = [item(input="It barks."), item(input=""), item(input=None)]
+    (sounds / "q.json").write_text(json.dumps(raw))
+    asked = [i["instruction"] for i in read_items(sounds / "q.json")]
+    assert asked == ["What is it? It barks.", "What is it?", "What is it?"]
+
+
+def test_audio_is_relative_to_the_list_or_to_the_root_given(sounds, monkeypatch):
+    monkeypatch.chdir("/")
+    (sounds / "more" / "q.json").write_text(json.dumps([item("ä b.wav")]))
+    (sounds / "q.json").write_text(json.dumps([item("ä b.wav")]))
+    there = sounds / "more" / "ä b.wav"
+    assert read_items(sounds / "more" / "q.json")[0]["audio"] == there
+    assert read_items(sounds / "q.json", sounds / "more")[0]["audio"] == there
+    with pytest.raises(ValueError, match="item 0"):
+        read_items(sounds / "q.json")
+
+
+# Lists that cannot be used, and the words that a refusal must have. Used for training too.
+BAD_LISTS = {
+    "empty": ("", ["empty"]),
+    "no_items": ("[]", ["empty"]),
+    "json": ('[{"audio_id": "a.wav",\n "instruction": "?"\n "output": "!"}]', ["line 3"]),
+    "jsonl": (f"{json.dumps(item())}\n\n{json.dumps(item())[:-9]}\n", ["line 3"]),
+    "number": (json.dumps([item(), 7]), ["item 1", "int"]),
+    "text": (json.dumps(["a.wav"]), ["item 0", "str"]),
+    "no_field": (json.dumps([item(), {"audio_id": "a.wav", "output": "x"}]),
+                 ["item 1", "instruction"]),
+    "blank": (json.dumps([item(), item(output=" ")]), ["item 1", "output"]),
+    "wrong_type": (json.dumps([item(), item(instruction=["What?"])]), ["item 1", "instruction"]),
+    "task": (json.dumps([item(), item(task=3)]), ["item 1", "task"]),
+    "dataset": (json.dumps([item(dataset=["d"])]), ["item 0", "dataset"]),
+    "input": (json.dumps([item(input={"a": 1})]), ["item 0", "input"]),
+    "half": (json.dumps([item(instruction="\ud83d?")]), ["item 0", "instruction"]),
+    "no_audio": (json.dumps([item(), item("b/none.wav")]), ["item 1", "b/none.wav"])}
+
+
+@pytest.mark.parametrize("name", BAD_LISTS)
+def test_a_bad_list_says_where_and_what(name, sounds):
+    text, words = BAD_LISTS[name]
+    path = sounds / f"{name}.json"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_items(path)
+    assert all(word in str(error.value) for word in [*words, str(path)])
+    assert "\n" not in str(error.value)
+
+
+def test_a_list_that_is_no_text_file_or_not_there(sounds):
+    (sounds / "b.json").write_bytes(b"\xff\xfe\xfa")
+    bad = {sounds / "b.json": "text", sounds: "read", sounds / "no.json": "read"}
+    for path, word in bad.items():
+        with pytest.raises(ValueError, match=word):
+            read_items(path)
+
+
+# ------------------------------------------------------------------------------------- options
+
+@pytest.mark.parametrize("program", [sample, train])
+def test_help_shows_every_option_and_its_default(program, call):
+    code, text, _ = call(program, "--help")
+    words = " ".join(text.split())
+    assert code == 0
+    for f in fields(program.Options):
+        flag = "--" + f.name.replace("_", "-")
+        assert flag in words and "_" not in flag
+        assert f.metadata["help"] in words
+        if f.default is not None and f.type is not bool:
+            assert f"(default: {f.default})" in words.split(f.metadata["help"], 1)[1]
+
+
+def test_options_reach_the_program(call):
+    got = []
+
+    stub = SimpleNamespace(__name__="x", __doc__="", Options=sample.Options, main=got.append)
+    assert call(stub, "--audio", "x.wav", "--top-p", "0.5", "--max-new-tokens", "7")[0] == 0
+    assert got == [sample.Options(audio="x.wav", top_p=0.5, max_new_tokens=7)]
+
+
+@pytest.mark.parametrize("options, words", [
+    ("--audio a.wav --promp what", ["unrecognized", "--promp"]),
+    ("--audio a.wav --nonsense", ["unrecognized", "--nonsense"]),
+    ("--audio a.wav --prompt=", ["--prompt is empty"]),
+    ("--audio a.wav --ckpt=", ["--ckpt is empty"]),
+    ("--prompt what", ["required", "--audio"]),
+    ("--audio a.wav --temperature hot", ["--temperature", "hot"]),
+    ("--audio a.wav --temperature -1", ["--temperature -1", "0 to"]),
+    ("--audio a.wav --temperature nan", ["--temperature nan"]),
+    ("--audio a.wav --temperature inf", ["--temperature inf"]),
+    ("--audio a.wav --top-p 0", ["--top-p 0"]),
+    ("--audio a.wav --top-p 1.1", ["--top-p 1.1", "to 1"]),
+    ("--audio a.wav --max-new-tokens 0", ["--max-new-tokens 0", "1 to"]),
+    ("--audio a.wav --max-new-tokens 99999999999", ["--max-new-tokens"]),
+    ("--audio a.wav --seed -1", ["--seed -1", "0 or more"]),
+    (f"--audio a.wav --seed {2 ** 64}", ["--seed"])])
+def test_options_that_mean_nothing_are_refused(options, words, refuses):
+    assert len(refuses([*words, "--help"], sample, *options.split())) == 1
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:999", "cpux"])
+def test_an_unknown_device_is_refused(device, refuses, checkpoint):
+    write_wav("a.wav", 0.2)
+    refuses([f"--device {device}"], sample, "--audio", "a.wav", "--ckpt", checkpoint,
+            "--device", device)
+
+
+def test_a_mistake_in_the_code_is_no_users_mistake(call, monkeypatch):
+    def broken(o):
+        raise KeyError("oh")
+
+    monkeypatch.setattr(sample, "main", broken)
+    with pytest.raises(KeyError):
+        call(sample, "--audio", "a.wav")
+
+
+# -------------------------------------------------------------------------------------- asking
+
+def ask(call, checkpoint, *options, **kwargs):
+    options = ["--ckpt", checkpoint, "--device", "cpu", *options]
+    code, stdout, stderr = call(sample, *options, **kwargs)
+    assert code == 0
+    return stdout, stderr
+
+
+@pytest.mark.parametrize("name", BAD_SOUNDS)
+def test_a_bad_sound_is_one_line(name, refuses, checkpoint, tmp_path):
+    make, word = BAD_SOUNDS[name]
+    make(tmp_path / "bad.wav")
+    options = ["--audio", "bad.wav", "--prompt", "x", "--ckpt", checkpoint]
+    line, = refuses(["bad.wav"], sample, *options)
+    assert word.lower() in line.lower() and "--help" not in line
+
+
+def test_a_bad_checkpoint_is_one_line(refuses, checkpoint, base, tmp_path, call):
+    write_wav("a.wav", 0.2)
+    whole = checkpoint.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) * 2 // 3])
+    (tmp_path / "short.pt").write_bytes(whole[:-1])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    for path in ("cut.pt", "short.pt", "empty.pt", "other.pt", "a.wav", "none.pt", ".", base):
+        lines = refuses([str(path)], sample, "--audio", "a.wav", "--prompt", "x", "--ckpt", path)
+        assert len(lines) == 1
+    assert len(refuses(["out/", "train.py"], sample, "--audio", "a.wav", "--prompt", "x")) == 1
+
+
+def test_as_a_program_of_its_own(checkpoint, tmp_path):
+    """What `call` imitates, for real: exit code, one line, no traceback."""
+    result = subprocess.run([sys.executable, ROOT / "sample.py", "--audio", "none.wav"],
+                            cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    line, = result.stderr.splitlines()
+    assert line.startswith("sample.py: none.wav")
+
+
+def test_one_question_gives_one_answer_that_the_seed_decides(call, checkpoint):
+    write_wav("a.wav", 1.0)
+    options = ["--audio", "a.wav", "--prompt", "What is it?", "--max-new-tokens", 9]
+    greedy = ask(call, checkpoint, *options)[0]
+    model = AudioLLM.load(checkpoint)
+    cache = model.hear(model.features([lambda rate: load_audio("a.wav", rate)]))
+    assert greedy == model.ask(cache, ["What is it?"], max_new_tokens=9)[0] + "\n"
+    assert ask(call, checkpoint, *options, "--seed", 1)[0] == greedy
+    warm = [*options, "--temperature", 2]
+    drawn = ask(call, checkpoint, *warm)[0]
+    assert drawn == ask(call, checkpoint, *warm)[0] != ask(call, checkpoint, *warm, "--seed", 1)[0]
+    assert drawn != greedy == ask(call, checkpoint, *warm, "--top-p", 0.001)[0]
+
+
+def test_many_questions_hear_the_sound_once(call, checkpoint, monkeypatch):
+    write_wav("a.wav", 1.0)
+    heard = []
+    hear = AudioLLM.hear
+    monkeypatch.setattr(AudioLLM, "hear", lambda self, f: heard.append(f) or hear(self, f))
+    asked = ["What is it?", "Who is speaking?", "Is it loud?"]
+    options = ["--audio", "a.wav", "--max-new-tokens", 4]
+    stdout, _ = ask(call, checkpoint, *options, stdin="\n".join(asked) + "\n")  # then EOF
+    assert len(heard) == 1
+    alone = [ask(call, checkpoint, *options, "--prompt", q)[0] for q in asked]
+    assert stdout == "".join("> " + answer for answer in alone) + "> "
+    empty_line = ask(call, checkpoint, *options, stdin=f"{asked[0]}\n \n{asked[1]}\n")[0]
+    assert empty_line == "> " + alone[0] + "> "
+    assert ask(call, checkpoint, *options, stdin="")[0] == "> "
+
+
+def test_without_a_checkpoint_the_newest_is_asked(call, checkpoint, tmp_path):
+    write_wav("a.wav", 0.2)
+    for age, mode in ((300, "plits"), (100, "pal"), (200, "lal")):
+        path = tmp_path / "out" / mode / "model.pt"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(checkpoint.read_bytes())
+        os.utime(path, (1e9 - age, 1e9 - age))
+    code, _, stderr = call(sample, "--audio", "a.wav", "--prompt", "x", "--max-new-tokens", 1)
+    assert code == 0 and "out/pal/model.pt" in stderr
+    os.utime(tmp_path / "out" / "lal" / "model.pt", (1e9, 1e9))
+    stderr = call(sample, "--audio", "a.wav", "--prompt", "x", "--max-new-tokens", 1)[2]
+    assert "out/lal/model.pt" in stderr
+
+
+def test_what_is_cropped_or_padded_is_said(call, checkpoint, tmp_path):
+    options = ["--prompt", "x", "--max-new-tokens", 3]
+    write_wav("long.wav", 9.5)
+    write_wav("short.wav", 0.02)
+    write_wav("right.wav", 4.0)
+    stdout, stderr = ask(call, checkpoint, "--audio", "long.wav", *options)
+    said = [line for line in stderr.splitlines() if "cropped" in line and "9.5 s" in line]
+    assert [line.split()[0] for line in said] == ["whisper", "sslam"] and "silence" not in stderr
+    stderr = ask(call, checkpoint, "--audio", "short.wav", *options)[1]
+    said = [line for line in stderr.splitlines() if "silence" in line and "0.02 s" in line]
+    assert [line.split()[0] for line in said] == ["whisper", "sslam"] and "cropped" not in stderr
+    stderr = ask(call, checkpoint, "--audio", "right.wav", *options)[1]
+    assert "cropped" not in stderr and "silence" not in stderr
+    # what is cropped is not heard
+    data = (tmp_path / "long.wav").read_bytes()[:44 + 2 * 4 * 16000 + 2000]
+    (tmp_path / "first.wav").write_bytes(data[:4] + struct.pack("<I", len(data) - 8) + data[8:40]
+                                         + struct.pack("<I", len(data) - 44) + data[44:])
+    assert ask(call, checkpoint, "--audio", "first.wav", *options)[0] == stdout
+
+
+def test_any_path_and_any_question(call, checkpoint, tmp_path):
+    (tmp_path / "dïr 日本").mkdir()
+    path = write_wav(tmp_path / "dïr 日本" / "ünï 🎵.wav", 0.3, 44100, 2)
+    for prompt in ("日本語 🎵?", "x" * 2000, "\udcff", "a\nb\0c"):
+        ask(call, checkpoint, "--audio", path, "--prompt", prompt, "--max-new-tokens", 2)

@@ -1,0 +1,477 @@
+"""Training: what learns and what does not, repeatable, safe to break off, fairly scored."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_integrate import audio_llm
+from test_sample import BAD_LISTS, BAD_SOUNDS, item, write_wav
+
+import integrate
+import sample
+import train
+from integrate import ROUTES, AudioLLM
+from sample import read_items
+
+ROOT = Path(__file__).parents[1]
+WINDOWS = {"whisper": 4, "sslam": 4}
+
+
+@pytest.fixture
+def sounds(tmp_path):
+    """Sound files of all sorts and a list of questions, q.json, with every task."""
+    write_wav(tmp_path / "a.wav", 1.0, 8000, 1, seed=1)
+    write_wav(tmp_path / "b.wav", 4.0, 44100, 2, seed=2)
+    write_wav(tmp_path / "c.wav", 5.0, 22050, 1, seed=3)
+    tasks = ("classification", "reasoning", "captioning")
+    items = [item(f"{name}.wav", instruction=f"What is it, {task}?", output=f"{name} {name}",
+                  task=task, dataset="music" if name == "a" else "noise")
+             for name in "abc" for task in tasks]
+    (tmp_path / "q.json").write_text(json.dumps(items))
+    (tmp_path / "v.json").write_text(json.dumps(items[2:5]))
+    return tmp_path
+
+
+@pytest.fixture
+def learn(call, base, brief):
+    """learn("--mode", "lal") trains for a few steps: (stdout, stderr, lines of metrics.jsonl)."""
+    def run(*options, data=("--data", "q.json", "--val-data", "v.json"), steps=(3, 3, 3)):
+        steps = [word for i, n in enumerate(steps) for word in (f"--steps{i + 1}", n)]
+        code, stdout, stderr = call(train, "--base", base, "--device", "cpu", "--batch", 2,
+                                    *steps, *data, *options)
+        assert code == 0, stderr
+        mode = options[options.index("--mode") + 1] if "--mode" in options else "lal"
+        lines = Path("out", mode, "metrics.jsonl").read_text().splitlines()
+        return stdout, stderr, [json.loads(line) for line in lines]
+
+    return run
+
+
+def losses(lines):
+    return [(line["step"], line["loss"], line["norm"]) for line in lines if "loss" in line]
+
+
+def the_same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ------------------------------------------------------------------------------- from end to end
+
+def test_the_listening_world_from_training_to_an_answer(learn, call):
+    stdout, stderr, lines = learn("--clips", 4, "--test-clips", 3, data=())
+    for word in ("model", "deaf", "wrong clip", "commonest", "sound", "speech", "stage 3"):
+        assert word in stdout
+    assert "cropped" not in stderr and "silence" not in stderr
+    *steps, end = lines
+    assert [line["step"] for line in steps if "validation" in line] == [3, 6, 9]
+    assert end["options"]["clips"] == 4 and end["seconds_per_step"] > 0
+    assert {"all all", "sound all", "speech transcription"} <= end["scores"].keys()
+    asked = read_items("out/demo/questions.json")
+    assert {i["audio"].name for i in asked} == {p.name for p in Path("out/demo").glob("*.wav")}
+    assert len(asked) == end["scores"]["all all"]["questions"]
+    wave = torch.from_numpy(train.render(train.scene("test", 1, 0)))
+    assert torch.allclose(sample.load_audio("out/demo/1.wav", 16000), wave, atol=1e-4)
+    code, stdout, stderr = call(sample, "--audio", "out/demo/0.wav", "--prompt", "What is it?")
+    assert code == 0 and stdout.endswith("\n") and "out/lal/model.pt: mode lal" in stderr
+
+
+@pytest.mark.parametrize("mode", ROUTES)
+def test_own_sounds_of_any_rate_and_length_from_training_to_the_table(mode, learn, sounds):
+    stdout, stderr, lines = learn("--mode", mode)
+    rows = lines[-1]["scores"]
+    assert rows["all all"]["questions"] == 3
+    assert {key.split()[0] for key in rows} == {"all", "music", "noise"}
+    assert "music" in stdout and "wrong clip" in stdout
+    assert "cropped from 1 of 3" in stderr and "silence is added to 1 of 3" in stderr
+    assert AudioLLM.load(f"out/{mode}/model.pt").mode == mode
+
+
+def test_without_validation_questions_the_table_says_so(learn, sounds):
+    stdout, _, lines = learn(data=("--data", "q.json"), steps=(0, 0, 1))
+    assert "no --val-data" in stdout and lines[-1]["scores"]["all all"]["questions"] == 9
+
+
+# ------------------------------------------------------------------------------------ repeatable
+
+def test_the_seed_decides_every_loss(learn, sounds):
+    one, two, other = (learn("--seed", seed)[2] for seed in (0, 0, 1))
+    for line in (one[-1], two[-1]):
+        del line["seconds_per_step"]
+    assert one == two
+    assert all(a != b for a, b in zip(losses(one), losses(other)))
+
+
+def test_evaluation_does_not_disturb_training(learn, sounds, monkeypatch):
+    plain = losses(learn()[2])
+    assert losses(learn(data=("--data", "q.json"))[2]) == plain
+    score = train.score
+    monkeypatch.setattr(train, "score", lambda *a: (score(*a), score(*a))[1])
+    assert losses(learn(data=("--data", "q.json", "--val-data", "q.json"))[2]) == plain
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """[(names and tensors of the model, questions of the batch), ...] of every step."""
+    seen, answer_loss = [], train.answer_loss
+
+    def watched(model, features, items):
+        state = {name: p.clone() for name, p in model.state_dict().items()}
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert not any(part.training for part in model.encoders.modules())
+        seen.append((state, [i["instruction"] + i["output"] for i in items], trained))
+        return answer_loss(model, features, items)
+
+    monkeypatch.setattr(train, "answer_loss", watched)
+    return seen
+
+
+def test_the_mode_sets_the_routes_and_nothing_else(learn, sounds, watch):
+    runs = {}
+    for mode in ROUTES:
+        watch.clear()
+        learn("--mode", mode, "--lr", 1e-3)
+        runs[mode] = list(watch)
+    one = runs["lal"]
+    for run in runs.values():
+        assert the_same(run[0][0], one[0][0])
+        assert [asked for _, asked, _ in run] == [asked for _, asked, _ in one]
+        assert [trained for _, _, trained in run] == [trained for _, _, trained in one]
+    assert not the_same(runs["plits"][-1][0], runs["pal"][-1][0])
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 200])
+def test_every_question_comes_once_before_any_comes_again(size):
+    lengths = np.random.default_rng(0).integers(5, 60, 150)
+    items = [{"ids": [0] * n, "name": i} for i, n in enumerate(lengths)]
+    supply, rounds = train.batches(items, size, np.random.default_rng(0)), []
+    for _ in range(3):
+        seen = []
+        while sum(map(len, seen)) < len(items):
+            seen.append([item["name"] for item in next(supply)])
+        assert sorted(sum(seen, [])) == list(range(150)) and max(map(len, seen)) <= size
+        rounds.append(seen)
+    assert rounds[0] != rounds[1] != rounds[2]
+    if size == 4:  # and similar lengths come together: the spread would be 30 or so
+        assert np.mean([np.ptp(lengths[batch]) for batch in sum(rounds, [])]) < 10
+
+
+# ---------------------------------------------------------------------------------- what is learnt
+
+def test_frozen_is_frozen_and_the_rest_learns(learn, sounds, watch):
+    learn()
+    start, end = watch[0][0], AudioLLM.load("out/lal/model.pt").state_dict()
+    stages = [start, watch[3][0], watch[6][0], end]  # after 0, 3, 6 and 9 steps
+    for part, learns in (("encoders", ()), ("connectors", (1, 2, 3)), ("llm", (2, 3))):
+        names = [name for name in start if name.startswith(part)]
+        assert names
+        for stage in (1, 2, 3):
+            changed = {n for n in names if not torch.equal(stages[stage - 1][n], stages[stage][n])}
+            assert changed if stage in learns else not changed
+    assert all(name.startswith("connectors") for name in watch[0][2])
+    assert not any(name.startswith("encoders") for name in watch[8][2])
+    assert "llm.model.embed_tokens.weight" in watch[8][2]
+
+
+def test_stages_teach_their_tasks(learn, sounds, watch):
+    learn(steps=(5, 5, 5))
+    tasks = [{q.split(", ")[1].split("?")[0] for q in batch} for _, batch, _ in watch]
+    assert set.union(*tasks[:5]) == {"classification"}
+    assert set.union(*tasks[5:10]) == {"classification", "reasoning"}
+    assert set.union(*tasks[10:]) == {"classification", "reasoning", "captioning"}
+
+
+def batch_of(model):
+    """Three items about two clips, everything of unequal length."""
+    g = torch.Generator().manual_seed(0)
+    features = [{kind: torch.randn(n, 64, generator=g, dtype=torch.float64) for kind in WINDOWS}
+                for n in (3, 7)]
+    items = [item(clip=0, instruction="what is 3", output="said"),
+             item(clip=1, instruction="what", output="3 or heard or 17"),
+             item(clip=0, instruction="what is 5 said or heard 6", output="7")]
+    return features, train.with_ids(model, items)
+
+
+@pytest.mark.parametrize("mode", ROUTES)
+def test_the_loss_is_that_of_the_answers_tokens_and_padding_changes_nothing(mode):
+    model = audio_llm(mode)
+    model.connectors.double()
+    features, items = batch_of(model)
+    surprise = []
+    for i in items:
+        prompt = model.tokenizer.encode(i["instruction"] + "\n")
+        answer = model.tokenizer.encode(" " + i["output"]) + [model.tokenizer.eos_id]
+        for t, token in enumerate(answer):  # one at a time, after all that is before it
+            hidden = model([features[i["clip"]]], torch.tensor([prompt + answer[:t]]))
+            surprise.append(-model.llm.head(hidden)[0, -1].log_softmax(0)[token].item())
+    loss = train.answer_loss(model, features, items).item()
+    assert abs(loss - np.mean(surprise)) < 1e-12
+    alone = [train.answer_loss(model, features, [i]).item() for i in items]
+    counts = [len(i["ids"]) - i["start"] for i in items]
+    assert abs(loss - np.average(alone, weights=counts)) < 1e-12
+
+
+def test_the_learning_rate_rises_once_and_falls_to_a_twentieth():
+    for steps in (1, 2, 19, 400):
+        rates = [train.schedule(i, steps) for i in range(steps)]
+        peak = rates.index(1.0)
+        assert peak <= steps // 20 and rates[:peak] == sorted(rates[:peak])
+        assert rates[peak:] == sorted(rates[peak:], reverse=True) and min(rates) > 0.03
+    assert rates[-1] < 0.051
+
+
+# ----------------------------------------------------------------------------------------- scores
+
+@pytest.mark.parametrize("mode", ROUTES)
+def test_answers_in_batches_are_those_of_each_question_alone(mode, brief):
+    model = audio_llm(mode)
+    model.connectors.double()
+    g = torch.Generator().manual_seed(0)
+    features = [{kind: torch.randn(1 + (n + len(kind)) % 5, 64, generator=g, dtype=torch.float64)
+                 for kind in WINDOWS} for n in range(34)]  # two batches of clips
+    items = [item(clip=n, instruction=text) for text in ("what is 3 said", "or")
+             for n in np.random.default_rng(0).permutation(34)]
+    found = train.answers(model, features, items)
+    for i, text in list(zip(items, found))[::3]:
+        assert [text] == model.ask(model.hear([features[i["clip"]]]), [i["instruction"]])
+    assert len(set(found)) > 34
+
+
+class Parrot:
+    """A model whose features are its answers."""
+    def features(self, clips):
+        self.deaf_to = [clip(16000) for clip in clips]
+        return ["silence"] * len(clips)
+
+
+@pytest.fixture
+def parrot(monkeypatch):
+    def answers(model, features, items, clip_of=lambda item: item["clip"]):
+        model.asked.append([clip_of(i) for i in items])
+        return [features[clip_of(i)] for i in items]
+
+    monkeypatch.setattr(train, "answers", answers)
+    parrot = Parrot()
+    parrot.asked = []
+    return parrot
+
+
+def question(clip, output, domain="x", task="t"):
+    return {"clip": clip, "output": output, "domain": domain, "task": task, "instruction": "?"}
+
+
+def test_the_table_is_a_count_by_hand(parrot, capsys):
+    heard = ["yes", "no", "yes", "silence"]  # what the model answers about clip 0, 1, 2, 3
+    items = [question(0, "yes"), question(0, "no"), question(1, "no"), question(1, "silence"),
+             question(2, "yes", "y"), question(3, "no", "y", "u"), question(3, "silence", "y")]
+    learnt = [question(0, word) for word in ("no", "no", "yes")] + [question(0, "yes", "y")]
+    rows = train.table(parrot, heard, items, learnt)
+    # the wrong clip of 0 is 1, of 1 is 0, of 2 is 3, of 3 is 2
+    assert rows == {
+        "x t": {"questions": 4, "model": 1 / 2, "deaf": 1 / 4, "wrong clip": 1 / 4,
+                "commonest": 1 / 2},
+        "x all": {"questions": 4, "model": 1 / 2, "deaf": 1 / 4, "wrong clip": 1 / 4,
+                  "commonest": 1 / 2},
+        "y t": {"questions": 2, "model": 1.0, "deaf": 0.5, "wrong clip": 0.0, "commonest": 0.5},
+        "y u": {"questions": 1, "model": 0.0, "deaf": 0.0, "wrong clip": 0.0, "commonest": 0.0},
+        "y all": {"questions": 3, "model": 2 / 3, "deaf": 1 / 3, "wrong clip": 0.0,
+                  "commonest": 1 / 3},
+        "all all": {"questions": 7, "model": 4 / 7, "deaf": 2 / 7, "wrong clip": 1 / 7,
+                    "commonest": 3 / 7}}
+    printed = capsys.readouterr().out
+    line, = (line.split() for line in printed.splitlines() if line.startswith("all"))
+    assert line == ["all", "all", "7", "57.1%", "28.6%", "14.3%", "42.9%"]
+    assert parrot.asked[1] == [0] * 7 and len(parrot.deaf_to) == 1
+    assert parrot.deaf_to[0].shape == (4 * 16000,) and not parrot.deaf_to[0].any()
+
+
+def test_the_wrong_clip_is_another_one_of_the_same_domain_if_there_is_one(parrot):
+    items = [question(c, "yes", domain) for c, domain in enumerate("xyxzzzx") for _ in range(2)]
+    train.table(parrot, ["yes"] * 7, items, items)
+    domain = dict(enumerate("xyxzzzx"))
+    wrong = {i["clip"]: clip for i, clip in zip(items, parrot.asked[2])}
+    assert all(clip != other for clip, other in wrong.items())
+    assert all(domain[clip] == domain[other] for clip, other in wrong.items() if clip != 1)
+    for d in "xz":  # each clip is somebody's wrong clip
+        clips = {c for c in domain if domain[c] == d}
+        assert {wrong[c] for c in clips} == clips
+    rows = train.table(parrot, ["yes"], items[:2], items)
+    assert rows["all all"] == {"questions": 2, "model": 1.0, "deaf": 0.0, "commonest": 1.0}
+
+
+def test_a_data_set_called_all_is_counted_once(parrot):
+    items = [question(0, "yes", "all"), question(1, "yes", "all", "all")]
+    rows = train.table(parrot, ["yes", "no"], items, items)
+    assert {key: row["questions"] for key, row in rows.items()} == {"all t": 1, "all all": 2}
+
+
+# -------------------------------------------------------------------------- what cannot be trained
+
+@pytest.fixture
+def earlier(sounds):
+    """What an earlier training left; after the test it must be there still, to the byte."""
+    folder = sounds / "out" / "lal"
+    folder.mkdir(parents=True)
+    left = {folder / "model.pt": os.urandom(99), folder / "metrics.jsonl": b'{"step": 1}\n'}
+    for path, data in left.items():
+        path.write_bytes(data)
+    yield
+    assert {path: path.read_bytes() for path in folder.iterdir()} == left
+
+
+@pytest.mark.parametrize("option", ["--data", "--val-data"])
+@pytest.mark.parametrize("name", BAD_LISTS)
+def test_a_bad_list_overwrites_nothing(name, option, refuses, sounds, earlier, base):
+    text, words = BAD_LISTS[name]
+    (sounds / "bad.json").write_text(text)
+    other = ["--data", "q.json"] if option == "--val-data" else []
+    lines = refuses(["bad.json", *words], train, "--base", base, option, "bad.json", *other)
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize("name", BAD_SOUNDS)
+def test_a_bad_sound_in_a_list_overwrites_nothing(name, refuses, sounds, earlier, base):
+    make, word = BAD_SOUNDS[name]
+    make(sounds / "bad.wav")
+    (sounds / "bad.json").write_text(json.dumps([item("a.wav"), item("bad.wav")]))
+    refuses(["bad.wav"], train, "--base", base, "--data", "bad.json", "--device", "cpu")
+
+
+def test_a_bad_base_is_one_line_and_overwrites_nothing(refuses, sounds, earlier, base, checkpoint):
+    whole = base.read_bytes()
+    (sounds / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    saved = torch.load(base, weights_only=True)
+    saved["state"]["whisper"]["novel.weight"] = saved["state"]["whisper"].pop("conv1.weight")
+    torch.save(saved, sounds / "older.pt")
+    for path in ("cut.pt", "none.pt", ".", "q.json", "a.wav", checkpoint):
+        assert len(refuses([str(path)], train, "--base", path)) == 1
+    refuses(["older.pt", "novel.weight", "conv1.weight"], train, "--base", "older.pt")
+
+
+@pytest.mark.parametrize("options, words", [
+    ("--mode flits", ["--mode", "flits", "plits", "lal", "pal"]),
+    ("--mod lal", ["--mod"]),
+    ("--nonsense", ["--nonsense"]),
+    ("--data=", ["--data is empty"]),
+    ("--out=", ["--out is empty"]),
+    ("--batch 0", ["--batch 0", "1 or more"]),
+    ("--batch 1.5", ["--batch", "1.5"]),
+    ("--steps1 -1", ["--steps1 -1", "0 or more"]),
+    ("--clips 0", ["--clips 0"]),
+    ("--test-clips 0", ["--test-clips 0"]),
+    ("--seed -1", ["--seed -1"]),
+    ("--lr nan", ["--lr nan"]),
+    ("--lr -1", ["--lr -1"]),
+    ("--prepare --hear-clips 0", ["--hear-clips 0"]),
+    ("--device nonsense", ["--device nonsense"]),
+    ("--val-data v.json", ["--val-data", "--data", "missing"]),
+    ("--audio-root .", ["--audio-root", "--data", "missing"]),
+    ("--steps1 0 --steps2 0 --steps3 0", ["nothing to train"]),
+    ("--data v.json --audio-root none", ["v.json", "item 0", "none/a.wav"]),
+    ("--out a.wav", ["a.wav", "exists"]),
+    ("--out a.wav/x", ["a.wav", "irectory"]),
+    ("--base b.pt", ["b.pt"])])
+def test_bad_options_overwrite_nothing(options, words, refuses, sounds, earlier, base):
+    options = options if "--base" in options else f"{options} --base {base}"
+    data = () if "data" in options or "audio-root" in options else ("--clips", 2)
+    assert len(refuses(words, train, *data, *options.split())) == 1
+
+
+def test_own_questions_without_tasks_of_a_stage_leave_it_out(learn, refuses, sounds, base):
+    (sounds / "plain.json").write_text(json.dumps([item()]))
+    stdout, _, lines = learn(data=("--data", "plain.json"))
+    assert stdout.count("left out") == 2 and lines[-2]["step"] == 3
+    refuses(["nothing to train"], train, "--base", base, "--data", "plain.json", "--steps3", 0)
+
+
+def test_a_training_that_explodes_stops_before_it_saves(learn, refuses, sounds, base, monkeypatch):
+    learn()
+    left = Path("out/lal/model.pt").read_bytes()
+    answer_loss = train.answer_loss
+    monkeypatch.setattr(train, "answer_loss", lambda *a: answer_loss(*a) * float("inf"))
+    refuses(["stage 1", "--lr"], train, "--base", base, "--data", "q.json", "--device", "cpu")
+    assert Path("out/lal/model.pt").read_bytes() == left
+
+
+# ------------------------------------------------------------------------------------ broken off
+
+def test_a_save_that_is_broken_off_leaves_the_last_checkpoint(learn, call, sounds, base,
+                                                             monkeypatch):
+    learn()
+    left = Path("out/lal/model.pt").read_bytes()
+
+    def broken(*paths):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(integrate.os, "replace", broken)
+    code, _, stderr = call(train, "--base", base, "--data", "q.json", "--steps1", 1, "--seed", 5,
+                           "--device", "cpu")
+    assert code == 130 and stderr.splitlines()[-1].startswith("stopped")
+    assert Path("out/lal/model.pt").read_bytes() == left
+    assert AudioLLM.load("out/lal/model.pt").mode == "lal"
+
+
+def test_ctrl_c_leaves_the_last_checkpoint(sounds, base):
+    command = [sys.executable, ROOT / "train.py", "--base", base, "--data", "q.json",
+               "--val-data", "v.json", "--batch", "2", "--device", "cpu",
+               "--steps1", "1", "--steps2", "1000000"]
+    metrics = sounds / "out" / "lal" / "metrics.jsonl"
+    process = subprocess.Popen(command, cwd=sounds, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.time() + 90
+        while not (metrics.exists() and '"stage": "2"' in metrics.read_text()):
+            assert process.poll() is None and time.time() < end, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        stderr = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert stderr.splitlines()[-1].startswith("stopped")
+    saved = torch.load(sounds / "out" / "lal" / "model.pt", weights_only=True)
+    assert saved["step"] == 1
+    assert AudioLLM.load(sounds / "out" / "lal" / "model.pt").mode == "lal"
+    assert json.loads(metrics.read_text().splitlines()[-1])["stage"] == "2"
+
+
+# -------------------------------------------------------------------------------------- the base
+
+def test_the_base_that_comes_with_the_code_loads_and_hears():
+    model = train.load_base(ROOT / "assets" / "base.pt", "pal", WINDOWS)
+    clip, = train.world("test", 1, 0)[0]
+    features, = model.features([clip])
+    assert all(tokens.isfinite().all() and tokens.std() > 0 for tokens in features.values())
+    assert isinstance(model.ask(model.hear([features]), ["What do you hear?"])[0], str)
+
+
+# ---------------------------------------------------------------------------------------- speed
+
+@pytest.mark.slow
+def test_a_step_of_lal_takes_half_the_time_of_one_of_plits_or_less(base):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    modes, best = ("plits", "lal"), {}
+    clips, items = train.world("train", 32, 0)
+    models = {mode: train.load_base(base, mode, WINDOWS) for mode in modes}
+    features = models["lal"].features(clips)
+    batches = np.random.default_rng(0).permutation(train.with_ids(models["lal"], items))[:256]
+    optimizers = {}
+    for mode, model in models.items():
+        parameters = train.set_trained(model, ("connectors", "llm"))
+        optimizers[mode] = torch.optim.AdamW(parameters, lr=1e-4)
+    for at in range(0, 256, 32):
+        for mode, model in models.items():
+            began = time.perf_counter()
+            loss = train.answer_loss(model, features, batches[at:at + 32])
+            optimizers[mode].zero_grad()
+            loss.backward()
+            optimizers[mode].step()
+            best[mode] = min(best.get(mode, 9), time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    assert best["plits"] >= 2 * best["lal"], best

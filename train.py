@@ -1,0 +1,790 @@
+"""Train an audio LLM: frozen encoders, connectors, and a small LLM, joined in one of three ways.
+
+    python train.py --mode lal                                # on the listening world, minutes
+    python train.py --mode plits --data train.json --val-data val.json       # on your own sounds
+    python train.py --prepare                                 # make assets/base.pt anew
+
+The listening world stands in for the paper's data (OpenAQA, millions of clips): clips of four
+seconds, and questions whose answers are known because we put the sounds there. Nothing is stored:
+a clip is a function of (seed, split, index), so every machine makes the same training set.
+"""
+import json
+import math
+import resource
+import sys
+import time
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from encoders import load_audio, make_encoder, resample, save_wav
+from integrate import (ROUTES, AudioLLM, from_bytes, load_checkpoint, save_atomically, to_bytes)
+from model import LLM, LLMConfig, SentencePieceTokenizer, train_tokenizer
+from sample import command_line, option, pick_device, read_items, tell_fit
+
+# ----------------------------------------------------------------------------- the listening world
+RATE = 16000                                   # samples per second
+SECONDS = 4.0                                  # length of every clip
+SPLITS = ("train", "val", "test")
+LOUD_NOISE = -19                               # dB; a background is well above this or well below
+
+
+def noise(rng, n, tint):
+    """n samples of noise, rms 1; `tint` maps frequencies in Hz to the amplitudes they have."""
+    # powers of two are the FFT's quickest; after two seconds it repeats, which no ear notices
+    size = min(1 << (n - 1).bit_length(), 32768)
+    f = np.fft.rfftfreq(size, 1 / RATE).astype(np.float32)
+    gain = (f >= 20) * tint(np.maximum(f, 20))             # nothing below hearing, so no DC
+    bins = rng.standard_normal((len(f), 2), np.float32).view(np.complex64)[:, 0]
+    wave = np.resize(np.fft.irfft(bins * gain), n)
+    return wave / np.sqrt(np.mean(wave ** 2))
+
+
+def band(low, high):
+    """The tint that keeps low..high Hz."""
+    return lambda f: ((f > low) & (f < high)).astype(np.float32)
+
+
+def tone(pitch, *amplitudes):
+    """A pitch track (n,) in Hz and the amplitudes of its harmonics 1, 2, 3... -> wave (n,)."""
+    bins = np.zeros(2049, np.complex64)
+    bins[1:len(amplitudes) + 1] = amplitudes
+    # one period of the sum of sines (4096,), then read as fast as the pitch says
+    period = np.fft.irfft(bins * -2048j).astype(np.float32)
+    turns = np.cumsum(pitch, dtype=np.float64) / RATE % 1  # phase is the integral of frequency
+    return period[(turns * 4096).astype(np.int32)]
+
+
+# A new kind of sound takes three lines: a function of (rng, t) named by a simple noun, the wave it
+# returns, its name in KINDS. t (n,) is the time in seconds since the sound began; render() sees to
+# loudness and fades. Kinds should differ in band, in texture (steady, gliding, pulsed) or in both.
+def siren(rng, t):                             # a note that wails up and down
+    swing = np.sin(2 * np.pi * (rng.uniform(1.5, 3) * t + rng.random()))
+    return tone(rng.uniform(700, 1000) * 2 ** (0.5 * swing), 1, 0.5, 0.25)
+
+
+def alarm(rng, t):                             # one note, on and off
+    gate = np.clip(0.5 + 5 * np.sin(2 * np.pi * rng.uniform(5, 8) * t), 0, 1)
+    return gate * tone(rng.uniform(1200, 1700) + 0 * t, 1, 0, 0.4)
+
+
+def whistle(rng, t):                           # one pure high note with a little vibrato
+    return tone(rng.uniform(2200, 3200) * (1 + 0.01 * np.sin(2 * np.pi * 6 * t)), 1)
+
+
+def bird(rng, t):                              # quick upward sweeps, very high
+    u = t * rng.uniform(6, 10) % 1             # 0..1 within each sweep
+    return np.sin(np.pi * u) * tone(rng.uniform(3500, 4800) * 2 ** (0.6 * u), 1)
+
+
+def bell(rng, t):                              # no simple ratios, the high ones die first
+    base = 2 * np.pi * rng.uniform(500, 900) * t
+    return sum(np.exp(-(1.5 + r) * t) * np.sin(r * base) for r in (1, 2.1, 2.9, 4.2, 5.4))
+
+
+def guitar(rng, t):                            # plucked again and again, bright then mellow
+    u = t % (1 / rng.uniform(3, 4.5))
+    base = rng.uniform(110, 220) + 0 * t
+    return np.exp(-4 * u) * tone(base, 1, 0.6, 0.4) + np.exp(-15 * u) * tone(base, *[0.3] * 16)
+
+
+def drum(rng, t):                              # thuds whose pitch falls, each with a slap
+    u = t % (1 / rng.uniform(3.5, 6))
+    turns = rng.uniform(60, 100) * u - 2 * np.exp(-30 * u)
+    slap = np.exp(-80 * u) * noise(rng, len(t), band(200, 5000))
+    return np.exp(-16 * u) * np.sin(2 * np.pi * turns) + 0.3 * slap
+
+
+def clock(rng, t):                             # ticks: all high frequencies at once, then nothing
+    u = t % (1 / rng.uniform(6, 10))
+    return np.exp(-150 * u) * noise(rng, len(t), band(1000, 7900))
+
+
+def horn(rng, t):                              # two steady brassy notes
+    low = rng.uniform(220, 330) + 0 * t
+    return sum(tone(note, 1, 0.9, 0.7, 0.5, 0.3, 0.2) for note in (low, 1.26 * low))
+
+
+def buzzer(rng, t):                            # a low note that is nearly all overtones
+    return tone(rng.uniform(90, 130) + 0 * t, *np.linspace(0.5, 1, 40))
+
+
+def hiss(rng, t):                              # steady noise, high
+    return noise(rng, len(t), band(rng.uniform(3000, 4500), rng.uniform(7000, 8000)))
+
+
+def rumble(rng, t):                            # rolling noise, low
+    return (1 + 0.5 * np.sin(20 * t)) * noise(rng, len(t), band(30, rng.uniform(120, 180)))
+
+
+KINDS = {make.__name__: make for make in (siren, alarm, whistle, bird, bell, guitar, drum, clock,
+                                          horn, buzzer, hiss, rumble)}
+
+# Speech is a source through a filter: the throat's pulses, or noise, coloured by the mouth's
+# resonances, the formants. A vowel is a place of the formants; a consonant is a way to get there.
+# A voice: its pitch is drawn between two, in Hz; its formants are a man's times a factor.
+VOICES = {"man": (95, 135, 1.0), "woman": (180, 230, 1.17), "child": (270, 340, 1.35)}
+# The first three formants, in Hz.
+VOWELS = {"a": (730, 1090, 2440), "e": (500, 1840, 2480), "i": (270, 2290, 3010),
+          "o": (500, 880, 2540), "u": (300, 700, 2240)}
+# Seconds, loudness of the voice, formants; then of the noise: loudness, seconds, from Hz, to Hz.
+CONSONANTS = {
+    "b": (0.07, 0.15, (250, 700, 2200), 0.3, 0.016, 300, 1500),
+    "d": (0.07, 0.15, (250, 1900, 2800), 0.5, 0.020, 3000, 5000),
+    "k": (0.09, 0.00, (300, 1200, 2000), 1.0, 0.040, 1200, 2600),
+    "t": (0.10, 0.00, (300, 1900, 2800), 1.0, 0.050, 3500, 7000),
+    "f": (0.13, 0.00, (350, 900, 2200), 0.4, 0.130, 1000, 7900),
+    "s": (0.14, 0.00, (300, 1700, 2600), 0.9, 0.140, 4800, 7800),
+    "sh": (0.14, 0.00, (300, 1800, 2400), 1.0, 0.140, 2200, 5000),
+    "m": (0.11, 0.40, (250, 900, 2200), 0.0, 0.020, 0, 0),
+    "n": (0.11, 0.40, (250, 1700, 2600), 0.0, 0.020, 0, 0),
+    "l": (0.09, 0.50, (360, 1200, 2900), 0.0, 0.020, 0, 0),
+    "r": (0.10, 0.60, (330, 1060, 1400), 0.0, 0.020, 0, 0),
+    "w": (0.10, 0.60, (290, 610, 2150), 0.0, 0.020, 0, 0)}
+SYLLABLES = "ba di ku so ma ne ti lo sha fu ra we".split()
+
+
+def speak(rng, voice, syllables, t):
+    """[(syllable, start, end), ...] in seconds -> wave (n,), t seconds after the first start."""
+    low, high, factor = VOICES[voice]
+    hop, n = 128, len(t)
+    now = np.arange(n // hop + 2) * hop / RATE             # (frames,) one each 8 ms
+    f = np.fft.rfftfreq(2 * hop, 1 / RATE).astype(np.float32)          # (bins,)
+    places, voiced, hush = [], [], 0
+    for name, start, end in syllables:
+        length, hum, begin, loud, burst, *edges = CONSONANTS[name[:-1]]
+        goal = VOWELS[name[-1]]
+        start, end = start - syllables[0][1], end - syllables[0][1]
+        vowel = start + length
+        # the formants wait at the consonant's place, then glide to the vowel's within 60 ms
+        places += [(start, *begin), (vowel, *begin), (vowel + 0.06, *goal), (end, *goal)]
+        voiced += [(start, 0), (start + 0.015, hum), (vowel, hum)]
+        voiced += [(vowel + 0.025, 1), (end - 0.08, 0.8), (end, 0)]
+        puff = [vowel - burst - 0.008, vowel - burst, vowel, vowel + 0.012]
+        hush = hush + np.outer(np.interp(now, puff, [0, loud, loud, 0]), band(*edges)(f))
+    # the source: a pulse each time the phase of a pitch that sinks and wavers passes an integer
+    base = rng.uniform(low, high)
+    waver = np.interp(now, np.arange(0, 5, 0.2), rng.uniform(0.95, 1.05, 25))
+    turns = np.cumsum(base * waver * (1.05 - 0.05 * now)) * hop / RATE
+    beats = np.interp(np.arange(1, turns[-1]), turns, now)             # (pulses,) in seconds
+    source = np.zeros((2, n + 3 * hop), np.float32)
+    source[0, (beats * RATE).astype(int)] = np.sqrt(RATE / base)
+    source[1] = 0.3 * rng.standard_normal(n + 3 * hop, np.float32)     # and breath: white noise
+    # the filter for the pulses, (frames, bins): a peak at each formant, the higher the fainter
+    when, *tracks = zip(*places)
+    peaks = 0.01
+    for track, gain, width in zip(tracks, (1, 0.6, 0.35), (80, 100, 140)):
+        centre = factor * np.interp(now, when, track)[:, None]
+        peaks = peaks + gain / (1 + ((f - centre) / width) ** 2)
+    mouth = np.interp(now, *zip(*voiced))[:, None] * peaks * (f > 60)
+    # cut into windows that overlap by half, filter each one's spectrum, add them up again
+    window = np.sin(np.pi * (np.arange(2 * hop, dtype=np.float32) + 0.5) / (2 * hop))
+    cut = np.lib.stride_tricks.sliding_window_view(source, 2 * hop, axis=1)[:, ::hop]
+    spectra = np.fft.rfft(cut[:, :len(now)] * window)                  # (2, frames, bins)
+    pieces = np.fft.irfft(spectra[0] * np.float32(mouth) + spectra[1] * np.float32(hush)) * window
+    return (pieces[1:, :hop] + pieces[:-1, hop:]).ravel()[:n]
+
+
+def held_out(names):
+    """Whether this sequence of sounds or syllables is kept for the test, as a fifth are."""
+    return zlib.crc32(" ".join(names).encode()) % 5 == 0
+
+
+def scene(split, index, seed=0):
+    """What happens in clip `index` of a split, in words and seconds. Even: sounds. Odd: speech.
+
+    A test clip of two or more events is a sequence that train and val never contain: to answer, a
+    model must have learnt the parts, not the whole. 'noise' is in dB relative to the events.
+    """
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    speech = index % 2 == 1
+    names, fewest, most = (SYLLABLES, 2, 5) if speech else (list(KINDS), 1, 3)
+    count = int(rng.integers(fewest, most + 1))            # first, so that counts are uniform
+    while True:
+        chosen = [names[i] for i in rng.integers(len(names), size=count)]
+        stutter = any(a == b for a, b in zip(chosen, chosen[1:]))  # would sound like one
+        if not stutter and (count == 1 or held_out(chosen) == (split == "test")):
+            break
+    lengths = rng.uniform(0.35, 1.1, count)
+    if speech:                                             # one tempo for the whole clip
+        lengths = rng.uniform(0.38, 0.55) * rng.uniform(0.93, 1.07, count)
+    # what is left of the time goes at random before, between and after the events
+    gap = 0.02 if speech else 0.15
+    ahead = np.cumsum(lengths + gap) - lengths - gap
+    spare = SECONDS - ahead[-1] - lengths[-1]
+    starts = ahead + np.sort(rng.uniform(0, spare, 1 if speech else count))
+    made = {"domain": "speech" if speech else "sound",
+            "events": [(name, round(float(start), 3), round(float(start + length), 3))
+                       for name, start, length in zip(chosen, starts, lengths)],
+            "noise": float(rng.uniform(-14, -8) if rng.random() < 0.5 else rng.uniform(-30, -24)),
+            "key": int(rng.integers(1 << 62))}             # the seed of all that render() draws
+    return made | ({"voice": list(VOICES)[rng.integers(len(VOICES))]} if speech else {})
+
+
+def render(scene):
+    """A scene -> its wave (samples,), float32 within [-1, 1], the same each time."""
+    rng = np.random.default_rng(scene["key"])
+    wave = np.zeros(int(SECONDS * RATE), np.float32)
+    speech = scene["domain"] == "speech"
+    for part in [scene["events"]] if speech else [[event] for event in scene["events"]]:
+        first, last = int(part[0][1] * RATE), int(part[-1][2] * RATE)
+        t = np.arange(last - first, dtype=np.float32) / RATE
+        sound = speak(rng, scene["voice"], part, t) if speech else KINDS[part[0][0]](rng, t)
+        sound = sound * np.minimum(1, 100 * np.minimum(t, t[::-1]))    # 10 ms fades: no clicks
+        loud = 10 ** (rng.uniform(-2, 2) / 20) / np.sqrt(np.mean(sound ** 2))
+        wave[first:last] = loud * sound                    # rms 1, give or take 2 dB
+    # the background is white, pink or brown: its power falls with 1, 1/f or 1/f^2
+    colour = -int(rng.integers(3)) / 2
+    tint = lambda f: np.maximum(f, 60) ** colour
+    wave += 10 ** (scene["noise"] / 20) * noise(rng, len(wave), tint)
+    wave -= wave.mean()
+    return wave * np.float32(rng.uniform(0.3, 0.95) / np.abs(wave).max())
+
+
+# Each question has a few phrasings and one right answer. {x}, {y}: "the siren", "a siren" or "di".
+# 'after' and 'before' ask for the neighbour, 'order' compares any two.
+PHRASINGS = {
+    "what": "What do you hear?|What is in the audio?|What is in the clip?",
+    "who": "Who is speaking?|Who is talking?|Whose voice is it?",
+    "describe": "Describe the audio.|What happens in the audio?|Write a caption for the clip.",
+    "words": "What is said?|Write down what is said.|Transcribe the speech.",
+    "count": "How many {unit}s are there?|How many {unit}s do you hear?|Count the {unit}s.",
+    "first": "Which {unit} comes first?|What is the first {unit}?|Which {unit} do you hear first?",
+    "last": "Which {unit} comes last?|What is the last {unit}?|Which {unit} do you hear last?",
+    "after": "What comes right after {x}?|Which {unit} follows {x}?|What is next after {x}?",
+    "before": "What comes right before {x}?|Which {unit} is just before {x}?|What precedes {x}?",
+    "present": "Do you hear {x}?|Does the clip contain {x}?|Is {x} in the audio?",
+    "order": "Does {x} come before {y}?|Is {x} before {y}?|Do you hear {x} before {y}?"}
+TASKS = {"what": "classification", "who": "classification", "describe": "captioning",
+         "words": "transcription"}             # all others are reasoning
+NUMBERS = "zero one two three four five".split()
+
+
+def questions(scene, rng):
+    """Every question that has one right answer here, each in a phrasing drawn from rng.
+
+    Returns dicts of task, instruction, output, domain. A list names every event in order of time:
+    "a drum, a bell and a drum". Yes or no is drawn first and the question made to fit.
+    """
+    speech = scene["domain"] == "speech"
+    names = [name for name, _, _ in scene["events"]]
+    asked = []
+
+    def a(noun):
+        return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+    def draw(choices):
+        return choices[rng.integers(len(choices))]
+
+    def ask(which, output, x="", y=""):
+        text = draw(PHRASINGS[which].split("|"))
+        text = text.format(x=x, y=y, unit="syllable" if speech else "sound")
+        asked.append({"task": TASKS.get(which, "reasoning"), "instruction": text,
+                      "output": output, "domain": scene["domain"]})
+
+    # a sound is "a siren", or "the siren" when the question takes it as known; a syllable is "di"
+    some, the = (names, names) if speech else ([a(n) for n in names], ["the " + n for n in names])
+    if speech:
+        who = a(scene["voice"])
+        ask("what", who + " speaking")
+        ask("who", who)
+        ask("describe", f'{who} says {" ".join(names)}.'.capitalize())
+        ask("words", " ".join(names))
+    else:
+        ending = ", in loud noise." if scene["noise"] > LOUD_NOISE else "."
+        ask("what", " and ".join(", ".join(some).rsplit(", ", 1)))
+        ask("describe", (", then ".join(some) + ending).capitalize())
+    ask("count", NUMBERS[len(names)])
+    absent = draw([name for name in (SYLLABLES if speech else KINDS) if name not in names])
+    answer = draw(["yes", "no"])
+    ask("present", answer, draw(some) if answer == "yes" else absent if speech else a(absent))
+    if len(names) == 1:
+        return asked
+    ask("first", some[0])
+    ask("last", some[-1])
+    # the rest point at an event by its name, so it must be the only one of that name
+    once = [i for i, name in enumerate(names) if names.count(name) == 1]
+    for which, step in (("after", 1), ("before", -1)):
+        known = [i for i in once if 0 <= i + step < len(names)]
+        if known:
+            i = draw(known)
+            ask(which, some[i + step], the[i])
+    if len(once) > 1:
+        i, j = np.sort(rng.choice(once, 2, replace=False))
+        answer = draw(["yes", "no"])
+        ask("order", answer, *((the[i], the[j]) if answer == "yes" else (the[j], the[i])))
+    return asked
+
+
+# ------------------------------------------------------------------------------------- data
+
+def world(split, clips, seed):
+    """Clips of the listening world and their questions: (clips, items), as `own` gives them."""
+    scenes = [scene(split, i, seed) for i in range(clips)]
+    items = []
+    for i, s in enumerate(scenes):
+        rng = np.random.default_rng([seed, SPLITS.index(split), i, 1])
+        items += [q | {"clip": i} for q in questions(s, rng)]
+    return [partial(clip_of_scene, s) for s in scenes], items
+
+
+def clip_of_scene(s, rate):
+    return resample(torch.from_numpy(render(s)), RATE, rate)
+
+
+def own(path, audio_root):
+    """Clips and questions of an LTU-style list: clips are functions rate -> (samples,), and every
+    item says which clip it is about."""
+    items = read_items(path, audio_root)
+    paths = list(dict.fromkeys(item["audio"] for item in items))
+    number = {p: i for i, p in enumerate(paths)}
+    for item in items:
+        item["clip"], item["domain"] = number[item["audio"]], item["dataset"]
+    return [partial(load_audio, p) for p in paths], items
+
+
+def hear_all(model, clips):
+    """Frozen features of every clip, once: a list of {kind: (n, De)}."""
+    features, seconds = [], []
+
+    def timed(clip, rate):
+        wave = clip(rate)
+        seconds.append(len(wave) / rate)
+        return wave
+
+    for i in tqdm(range(0, len(clips), 16), desc="features", leave=False, mininterval=1):
+        features += model.features([partial(timed, clip) for clip in clips[i:i + 16]])
+    tell_fit(model, seconds)
+    return features
+
+
+def with_ids(model, items):
+    """Add to every item its token ids and where its answer starts."""
+    for item in items:
+        prompt = model.prompt_ids(item["instruction"])
+        item["ids"], item["start"] = prompt + model.answer_ids(item["output"]), len(prompt)
+    return items
+
+
+# --------------------------------------------------------------------------------- training
+
+def answer_loss(model, features, items):
+    """Mean over a batch of questions of the mean cross-entropy of each answer's tokens, end of text
+    included: a yes counts as much as a caption."""
+    T = max(len(item["ids"]) for item in items)
+    ids = torch.tensor([item["ids"] + [0] * (T - len(item["ids"])) for item in items])
+    weights = torch.tensor([answer_weights(item["start"], len(item["ids"]), T) for item in items])
+    hidden = model([features[item["clip"]] for item in items], ids[:, :-1].to(model.device))
+    return weighted_loss(model.llm, hidden, ids.to(model.device), weights.to(model.device))
+
+
+def answer_weights(start, end, T):
+    """Weights (T,) that sum to one over the answer's tokens, start..end."""
+    return [1 / (end - start) if start <= t < end else 0.0 for t in range(T)]
+
+
+def weighted_loss(llm, hidden, ids, weights):
+    """Cross-entropy of ids (B, T) after hidden states (B, T-1, D), by weights (B, T), mean over B."""
+    chosen = weights[:, 1:] > 0  # only positions whose next token belongs to an answer need logits
+    losses = F.cross_entropy(llm.head(hidden[chosen]), ids[:, 1:][chosen], reduction="none")
+    return (losses * weights[:, 1:][chosen]).sum() / weights.sum()
+
+
+def batches(items, size, dice):
+    """Batches without end: every item once before any comes again, similar lengths together."""
+    while True:
+        for pool in np.array_split(dice.permutation(len(items)), 1 + len(items) // (16 * size)):
+            pool = sorted(pool, key=lambda i: len(items[i]["ids"]))
+            groups = [pool[i:i + size] for i in range(0, len(pool), size)]
+            for i in dice.permutation(len(groups)):
+                yield [items[j] for j in groups[i]]
+
+
+def schedule(step, steps):
+    """Share of the peak learning rate: linear warm-up over the first 5%, then a cosine to 5%."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def set_trained(model, parts):
+    """Let only these parts learn (connectors, llm); returns their parameters."""
+    model.requires_grad_(False)
+    for part in parts:
+        getattr(model, part).requires_grad_(True)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def lessons(stage, items):
+    """The items that a stage learns from."""
+    known = [item for item in items if stage.tasks is None or item["task"] in stage.tasks]
+    return known if stage.steps else []
+
+
+def train(model, stages, train_set, val_set, o, log):
+    """The curriculum. Returns seconds per step, data and evaluation left out."""
+    dice, step, seconds = np.random.default_rng(o.seed), 0, 0.0
+    for stage in stages:
+        features, items = train_set
+        items = lessons(stage, items)
+        if not items:
+            print(f"stage {stage.name}: nothing to learn from, left out")
+            continue
+        parameters = set_trained(model, stage.trains)
+        optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        count = sum(p.numel() for p in parameters)
+        print(f"stage {stage.name}: trains {' and '.join(stage.trains)}, {count:,} parameters, "
+              f"{len(items):,} questions, {stage.steps} steps of {o.batch}, "
+              f"learning rate {stage.lr:g}")
+        model.train()
+        supply = batches(items, o.batch, dice)
+        bar = tqdm(range(stage.steps), desc=f"stage {stage.name}", leave=False, mininterval=1)
+        for i in bar:
+            chosen = next(supply)
+            began = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = stage.lr * schedule(i, stage.steps)
+            loss = answer_loss(model, features, chosen)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not norm.isfinite():  # stop while the weights are whole and the last ones saved
+                raise ValueError(f"stage {stage.name}, step {i}: the loss is {loss.item():.3g} and "
+                                 "its gradient is not finite; try a lower --lr")
+            optimizer.step()
+            seconds, step = seconds + time.perf_counter() - began, step + 1
+            if i % 10 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+                log(step=step, stage=stage.name, loss=loss.item(), norm=norm.item(),
+                    lr=optimizer.param_groups[0]["lr"])
+        share = score(model, val_set[0], val_set[1])
+        print(f"stage {stage.name}: loss {loss.item():.3f}, validation {share:.1%} exact "
+              f"({len(val_set[1])} questions), {1000 * seconds / step:.0f} ms a step")
+        log(step=step, stage=stage.name, validation=share)
+        model.save(o.out + "/model.pt", step=step)
+    return seconds / max(1, step)
+
+
+# ------------------------------------------------------------------------------------ scoring
+
+def answers(model, features, items, clip_of=lambda item: item["clip"]):
+    """The model's answer to every item. Each clip is heard once, then asked all its questions."""
+    model.eval()
+    found = [None] * len(items)
+    by_clip = {}
+    for i, item in enumerate(items):
+        by_clip.setdefault(clip_of(item), []).append(i)
+    clips = list(by_clip)
+    for at in tqdm(range(0, len(clips), 32), desc="answers", leave=False, mininterval=1):
+        some = clips[at:at + 32]
+        asked = [i for c in some for i in by_clip[c]]
+        rows = [r for r, c in enumerate(some) for _ in by_clip[c]]
+        cache = model.hear([features[c] for c in some])
+        for i, text in zip(asked, model.ask(cache, [items[i]["instruction"] for i in asked], rows)):
+            found[i] = text
+    return found
+
+
+def score(model, features, items):
+    """Share of the answers that are exactly right."""
+    return np.mean([a == item["output"] for a, item in zip(answers(model, features, items), items)])
+
+
+def table(model, features, items, train_items):
+    """Exact match by domain and task, beside three controls that a listening model must beat."""
+    silence = model.features([lambda rate: torch.zeros(int(SECONDS * rate))])
+    # wrong clip: the next clip of the same domain, so that it is wrong in nothing but its content
+    domain = {item["clip"]: item["domain"] for item in items}
+    other = {}
+    for d in set(domain.values()):
+        clips = [c for c in domain if domain[c] == d]
+        # a clip that is the only one of its domain gets one of another domain, if there is one
+        lone = len(clips) == 1
+        after = [c for c in domain if c not in clips][:1] if lone else clips[1:] + clips[:1]
+        other |= dict(zip(clips, after))
+    common = {}
+    for d, t in {(item["domain"], item["task"]) for item in items}:
+        seen = Counter(i["output"] for i in train_items if (i["domain"], i["task"]) == (d, t))
+        common[d, t] = seen.most_common(1)[0][0] if seen else ""
+    given = {"model": answers(model, features, items),
+             "deaf": answers(model, silence, items, lambda item: 0)}
+    if other:
+        given["wrong clip"] = answers(model, features, items, lambda item: other[item["clip"]])
+    given["commonest"] = [common[item["domain"], item["task"]] for item in items]
+    rows = {}
+    for i, item in enumerate(items):
+        # a set: a list called all.json has a domain "all", not to be counted twice
+        for key in {(item["domain"], item["task"]), (item["domain"], "all"), ("all", "all")}:
+            rows.setdefault(key, []).append([given[c][i] == item["output"] for c in given])
+    rows = {key: (len(r), *np.mean(r, axis=0).tolist()) for key, r in sorted(rows.items())}
+    print(f"\n{'domain':<10}{'task':<16}{'questions':>10}" + "".join(f"{c:>12}" for c in given))
+    for (d, t), (n, *shares) in rows.items():
+        print(f"{d:<10}{t:<16}{n:>10}" + "".join(f"{100 * s:>11.1f}%" for s in shares))
+    right = [i for i, a in enumerate(given["model"]) if a == items[i]["output"]]
+    wrong = [i for i, a in enumerate(given["model"]) if a != items[i]["output"]]
+    dice = np.random.default_rng(0)
+    for label, which, count in (("right", right, 3), ("wrong", wrong, 2)):
+        for i in dice.permutation(which)[:count].tolist():
+            print(f"{label}: {items[i]['instruction']} -> {given['model'][i]}"
+                  + ("" if label == "right" else f"   (it was: {items[i]['output']})"))
+    return {f"{d} {t}": dict(zip(("questions", *given), row)) for (d, t), row in rows.items()}
+
+
+def peak_memory(device):
+    """MiB: of the GPU if there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ------------------------------------------------------------- what is known before the joining
+
+WORDS = {"whisper": SYLLABLES + ["."], "sslam": [*KINDS, *VOICES, "noise", "."]}
+
+
+def heard(kind, s, times):
+    """What an encoder should hear in scene s at these times, a word each: whisper which syllable,
+    sslam which sound or whose voice, and behind them loud noise, or nothing (a dot)."""
+    speech = s["domain"] == "speech"
+    gap = "noise" if kind == "sslam" and s["noise"] > LOUD_NOISE else "."
+    words = []
+    for t in times:
+        name = next((n for n, start, end in s["events"] if start <= t < end), None)
+        if kind == "whisper":
+            words.append(name if speech and name else gap)
+        else:
+            words.append((s["voice"] if speech else name) if name else gap)
+    return words
+
+
+def fit(model, loss_of, steps, lr, what):
+    """The plain loop: minimise loss_of(step)."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    model.train()
+    bar = tqdm(range(steps), desc=what, mininterval=1)
+    for step in bar:
+        loss = loss_of(step)
+        optimizer.param_groups[0]["lr"] = lr * schedule(step, steps)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    model.eval()
+
+
+def teach(kind, o):
+    """A miniature encoder that has learnt to tell what sounds at each of its time steps."""
+    encoder, words = make_encoder(kind), WORDS[kind]
+    with torch.no_grad():  # or the positions, whose size is fixed, would drown what is heard
+        for name, p in encoder.named_parameters():
+            if name in ("conv1.weight", "conv2.weight"):
+                p *= 3
+            if name == "local_encoder.proj.weight":
+                p *= 8
+    T, bands = encoder.grid
+    times = (np.arange(T) + 0.5) * SECONDS / T
+    fronts, truth = [], []
+    for i in tqdm(range(o.hear_clips), desc=f"clips for {kind}", mininterval=1):
+        s = scene("train", i, o.seed)
+        fronts.append(encoder.front_end(torch.from_numpy(render(s))[None]))
+        truth.append([words.index(word) for word in heard(kind, s, times)])
+    fronts, truth = torch.cat(fronts), torch.tensor(truth)
+    head = nn.Linear(encoder.width, len(words))  # lives only here
+
+    def loss_of(step):
+        batch = torch.randint(len(fronts), (16,))
+        logits = head(encoder(fronts[batch])[:, encoder.extra:])  # (B, T * bands, words)
+        # every token is to know what sounds at its time, also in a band that is silent
+        told = truth[batch].repeat_interleave(bands, dim=1)
+        return F.cross_entropy(logits.flatten(0, 1), told.flatten())
+
+    fit(nn.ModuleList([encoder, head]), loss_of, o.hear_steps, 2e-3, f"{kind} learns to hear")
+    return encoder, head
+
+
+def diary(s):
+    """What happens in a scene, in words and in order, the way an AudioLLM will get it in tokens."""
+    times = [0] + [t for _, start, end in s["events"] for t in ((start + end) / 2, end)]
+    return "".join(" " + word for kind in WORDS for word, _ in groupby(heard(kind, s, times)))
+
+
+def read_world(o):
+    """A tokenizer and a small LLM that have read of the training scenes and heard none."""
+    dice = np.random.default_rng(o.seed)
+
+    def page(i):
+        """What happened in scene i, and three questions about it with their answers."""
+        s = scene("train", i % 50000, o.seed)
+        asked = dice.permutation(questions(s, dice))[:3]
+        return diary(s), [(q["instruction"] + "\n", " " + q["output"]) for q in asked]
+
+    texts = []
+    for i in range(3000):
+        told, asked = page(i)
+        texts += [told, *(part for pair in asked for part in pair)]
+    tokenizer = train_tokenizer(texts, LLMConfig.vocab_size)
+    llm = LLM(replace(LLMConfig(), vocab_size=tokenizer.vocab_size))
+
+    def loss_of(step):
+        rows, weights = [], []  # only answers are learnt: what happens in a clip is up to the clip
+        for i in range(24 * step, 24 * step + 24):
+            told, asked = page(i)
+            row = [tokenizer.bos_id] + tokenizer.encode(told)
+            weight = [0.0] * len(row)
+            for question, answer in asked:
+                answer = tokenizer.encode(answer) + [tokenizer.eos_id]
+                row = row + tokenizer.encode(question) + answer
+                weight = weight + answer_weights(len(row) - len(answer), len(row), len(row))[len(weight):]
+            rows.append(torch.tensor(row))
+            weights.append(torch.tensor(weight))
+        ids, weights = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, weights))
+        return weighted_loss(llm, llm.model(llm.embed(ids[:, :-1])), ids, weights)
+
+    fit(llm, loss_of, o.read_steps, 3e-3, "the LLM reads")
+    return tokenizer, llm
+
+
+def prepare(o):
+    """Make assets/base.pt: what is frozen, or joined, must know something first."""
+    torch.manual_seed(o.seed)
+    tokenizer, llm = read_world(o)
+    parts = {"llm": llm, "whisper": teach("whisper", o)[0], "sslam": teach("sslam", o)[0]}
+    half = {name: {k: v.half() for k, v in part.state_dict().items()}
+            for name, part in parts.items()}
+    save_atomically(o.base, {"format": BASE, "llm_config": asdict(llm.config), "state": half,
+                             "tokenizer": to_bytes(tokenizer.proto)})
+    print(f"wrote {o.base}, {Path(o.base).stat().st_size / 1e6:.1f} MB")
+
+
+BASE = "prepared parts 1"
+
+
+def load_base(path, mode, windows):
+    """An AudioLLM of the prepared parts, with new connectors."""
+    saved = load_checkpoint(path, BASE)
+    try:
+        llm = LLM(LLMConfig(**saved["llm_config"]))
+        encoders = {kind: make_encoder(kind) for kind in saved["state"] if kind != "llm"}
+        for name, part in {"llm": llm, **encoders}.items():
+            part.load_state_dict(saved["state"][name])
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise ValueError(f"{path}: made by another version of this code; make it anew with "
+                         f"--prepare ({e})") from None
+    tokenizer = SentencePieceTokenizer(from_bytes(saved["tokenizer"]))
+    return AudioLLM(llm, tokenizer, encoders, mode, windows)
+
+
+# --------------------------------------------------------------------------------------- main
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    trains: tuple  # of connectors, llm
+    tasks: tuple | None  # None: all
+    steps: int
+    lr: float
+
+
+def curriculum(o):
+    """The paper's three stages in miniature (PAPER: version 1, section on training)."""
+    lr = o.lr or LEARNING_RATES[o.mode]
+    closed = ("classification", "reasoning")
+    return (Stage("1", ("connectors",), ("classification",), o.steps1, 3e-3),
+            Stage("2", ("connectors", "llm"), closed, o.steps2, lr),
+            Stage("3", ("connectors", "llm"), None, o.steps3, lr))
+
+
+# from a sweep, see the README
+LEARNING_RATES = {"plits": 1e-3, "lal": 1e-3, "pal": 1e-3}
+
+
+@dataclass(frozen=True)
+class Options:
+    mode: str = option("lal", "how the audio enters the LLM", choices=list(ROUTES))
+    data: str = option(None, "your own questions, a JSON list or JSONL; else the listening world")
+    val_data: str = option(None, "questions to score on, with --data")
+    audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
+    out: str = option(None, "folder of the checkpoint and metrics.jsonl (default: out/MODE)")
+    base: str = option("assets/base.pt", "the prepared encoders and LLM")
+    seed: int = option(0, "of the world, the connectors and the order of the questions")
+    clips: int = option(1600, "training clips of the listening world", low=1)
+    test_clips: int = option(200, "test clips of the listening world, about nine questions each",
+                             low=1)
+    batch: int = option(32, "questions a step", low=1)
+    steps1: int = option(150, "steps of stage 1: connectors alone, classification")
+    steps2: int = option(400, "steps of stage 2: LLM and connectors, closed questions")
+    steps3: int = option(700, "steps of stage 3: LLM and connectors, all questions")
+    lr: float = option(0.0, "peak learning rate of stages 2 and 3 (0: the mode's own)")
+    device: str = option("auto", "cpu, cuda, mps or auto")
+    prepare: bool = option(False, "make assets/base.pt anew and stop")
+    read_steps: int = option(1200, "with --prepare: steps of the LLM's reading")
+    hear_clips: int = option(3000, "with --prepare: clips the encoders learn from", low=1)
+    hear_steps: int = option(600, "with --prepare: steps of each encoder")
+
+
+def main(o):
+    o = replace(o, out=o.out or f"out/{o.mode}")
+    if o.prepare:
+        return prepare(o)
+    if not o.data and (o.val_data or o.audio_root):
+        raise ValueError("--val-data and --audio-root say more about --data, which is missing")
+    torch.manual_seed(o.seed)
+    model = load_base(o.base, o.mode, {"whisper": 4, "sslam": 4})
+    if o.data:
+        train_data = own(o.data, o.audio_root)
+        val_data = test_data = own(o.val_data, o.audio_root) if o.val_data else train_data
+        if not o.val_data:
+            print("no --val-data: the scores below are on the training questions themselves")
+    else:
+        train_data, val_data, test_data = (
+            world(split, clips, o.seed)
+            for split, clips in (("train", o.clips), ("val", 30), ("test", o.test_clips)))
+    if not any(lessons(stage, train_data[1]) for stage in curriculum(o)):
+        raise ValueError("nothing to train: no stage has both steps and questions of its tasks")
+    Path(o.out).mkdir(parents=True, exist_ok=True)
+    device = pick_device(o.device)
+    model.to(device)
+    features = {}  # of each of the lists once, though two of them may be the same
+    for clips, items in (train_data, val_data, test_data):
+        if id(items) not in features:
+            features[id(items)] = hear_all(model, clips)
+            with_ids(model, items)
+    sets = [(features[id(items)], items) for _, items in (train_data, val_data, test_data)]
+    if not o.data:
+        write_demo(*test_data)
+    with open(f"{o.out}/metrics.jsonl", "w") as file:
+        def log(**line):
+            print(json.dumps(line), file=file, flush=True)
+        seconds = train(model, curriculum(o), sets[0], sets[1], o, log)
+        scores = table(model, *sets[2], sets[0][1])
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{trained:,} parameters trained, {1000 * seconds:.0f} ms a step, "
+              f"peak memory {peak_memory(device):.0f} MiB; the model is {o.out}/model.pt")
+        log(scores=scores, seconds_per_step=seconds, options=asdict(o))
+
+
+def write_demo(clips, items, count=8):
+    """A few clips and their questions to play with: out/demo/0.wav ..., out/demo/questions.json."""
+    Path("out/demo").mkdir(parents=True, exist_ok=True)
+    for i, clip in enumerate(clips[:count]):
+        save_wav(f"out/demo/{i}.wav", clip(RATE), RATE)
+    asked = [{"audio_id": f"{item['clip']}.wav", "dataset": item["domain"]}
+             | {k: item[k] for k in ("instruction", "output", "task")}
+             for item in items if item["clip"] < count]
+    Path("out/demo/questions.json").write_text(json.dumps(asked, indent=1))
+
+
+if __name__ == "__main__":
+    command_line(Options, __doc__, main)
