@@ -214,7 +214,7 @@ class Encoder(nn.Module):
         assert wave.ndim == 2 and wave.shape[1] > 0, f"wanted (B, samples), got {wave.shape}"
         if wave.shape[1] > math.ceil(self.seconds * self.rate):
             warnings.warn(f"{type(self).__name__} hears the first {self.seconds:g} s of a clip; "
-                          "some are longer", stacklevel=2)
+                          "some are longer", stacklevel=3)  # the caller's line, past no_grad
         return self.spectrogram(wave.float())
 
 
