@@ -1,20 +1,22 @@
 """
 Sound to features: read a file, make its spectrogram, encode it into a grid of tokens.
 
-The ears of the paper (section 3, "audio encoders"): Whisper for speech, SSLAM for sound at large.
-They are the originals' architectures, with the originals' parameter names, at the originals'
-sizes, and each has a miniature beside them that a laptop trains. Nothing here knows of LLMs.
+The paper's three audio encoders: Whisper for speech, SSLAM and CLAP for sounds at large. They are
+the originals' architectures, with the originals' parameter names, open the originals' checkpoints,
+and each has a miniature beside its real sizes that a laptop trains. Nothing here knows of LLMs.
 
     python -c "import encoders as e; w = e.load_audio('clip.wav', 16000); \
                m = e.make_encoder('sslam'); print(m(m.front_end(w[None])).shape, m.grid)"
 
-Letters: B batch, N tokens, D width, H heads, F frames of a spectrogram, M its mel bands.
+Letters: B batch, N tokens, D width, H heads, F frames of a spectrogram, M its mel bands, R the
+side of CLAP's square map, nW its windows.
 """
 
 import math
+import re
 import struct
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from model import load_tensors
+
 # ---------------------------------------------------------------------------------------------
 # Files
 
-# (format tag, bits) of a WAV -> how numpy reads one sample; 24 bits have no numpy type
+# (format tag, bits) of a WAV -> how numpy reads one sample; 24 bits have no type of their own
 WAV_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "u1", (1, 32): "<i4",
              (3, 32): "<f4", (3, 64): "<f8"}
 CONVERT = "convert it, for example: ffmpeg -i IN -c:a pcm_s16le OUT.wav"
@@ -42,10 +46,8 @@ def load_audio(path, rate):
         raw = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    if raw[:4] == b"RIFF" and raw[8:12] == b"WAVE":
-        wave, file_rate = read_wav(path, raw)
-    else:
-        wave, file_rate = read_other(path, raw)
+    read = read_wav if raw[:4] == b"RIFF" and raw[8:12] == b"WAVE" else read_other
+    wave, file_rate = read(path, raw)
     if len(wave) == 0:
         raise ValueError(f"{path}: holds no samples (0 s of sound); record it again")
     wave = wave.mean(1)  # (samples, channels) -> (samples,)
@@ -55,35 +57,31 @@ def load_audio(path, rate):
 
 
 def read_wav(path, raw):
-    """The bytes of a RIFF WAVE file -> (samples, channels) float32 array and its rate in Hz."""
-    at, header = 12, b""
-    while at + 8 <= len(raw):
+    """The bytes of a RIFF WAVE file -> (samples, channels) float32 array, and its rate in Hz."""
+    at, chunks = 12, {}
+    while at + 8 <= len(raw) and b"data" not in chunks:
         name, size = struct.unpack_from("<4sI", raw, at)
-        at += 8
-        if name == b"data":
-            break
-        if name == b"fmt ":
-            header = raw[at:at + size]
-        at += size + size % 2  # a chunk of odd length is followed by a padding byte
-    else:
-        raise ValueError(f"{path}: a WAV file without a data chunk; copy or record it again")
-    if size == 0xFFFFFFFF:  # written to a pipe, its length not known beforehand
-        size = len(raw) - at
-    if size > len(raw) - at:
-        raise ValueError(f"{path}: truncated, its header promises {size} bytes of sound and "
-                         f"{len(raw) - at} are there; copy it again")
-    if len(header) < 16:
-        raise ValueError(f"{path}: a WAV file without a format header; {CONVERT}")
+        chunks[name] = at + 8, size
+        at += 8 + size + size % 2  # a chunk of odd length is followed by a padding byte
+    for name in b"fmt ", b"data":
+        if name not in chunks:
+            raise ValueError(f"{path}: a WAV file without its {name.decode()} chunk; {CONVERT}")
+    at, size = chunks[b"fmt "]
+    header = raw[at:at + size].ljust(26, b"\0")
     tag, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", header)
-    if tag == 0xFFFE and len(header) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the tag opens the sub-format
+    if tag == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the tag proper opens the sub-format
         tag, = struct.unpack_from("<H", header, 24)
-    if (tag, bits) not in WAV_TYPES:
-        raise ValueError(f"{path}: WAV codec {tag} with {bits} bits, neither PCM nor float; {CONVERT}")
-    if channels == 0 or not 100 <= rate <= 1_000_000:
-        raise ValueError(f"{path}: its header says {channels} channels at {rate} Hz; {CONVERT}")
+    if (tag, bits) not in WAV_TYPES or channels == 0 or not 100 <= rate <= 1_000_000:
+        raise ValueError(f"{path}: codec {tag}, {bits} bits, {channels} channels, {rate} Hz is no "
+                         f"WAV of PCM or float samples; {CONVERT}")
+    at, size = chunks[b"data"]
+    there = len(raw) - at
+    if size > there and size != 0xFFFFFFFF:  # which means: written to a pipe, length not known
+        raise ValueError(f"{path}: truncated, its header promises {size} bytes of sound and "
+                         f"{there} are there; copy it again")
+    size = min(size, there) // (channels * bits // 8) * (channels * bits // 8)
 
     dtype = np.dtype(WAV_TYPES[tag, bits])
-    size -= size % (channels * bits // 8)
     data = np.frombuffer(raw, dtype, size // dtype.itemsize, at)
     if bits == 24:  # the upper three bytes of an int32
         wide = np.zeros((size // 3, 4), np.uint8)
@@ -120,11 +118,9 @@ def save_wav(path, wave, rate):
 
 def resample(wave, old, new, zeros=6, rolloff=0.99):
     """
-    (samples,) at `old` Hz -> (ceil(samples * new / old),) at `new` Hz.
-
-    Band-limited interpolation, out(m) = sum_n x(n) h(n / old - m / new): h is a sinc cut off at
-    `rolloff` of the lower Nyquist frequency, under a Hann window `zeros` crossings wide. The same
-    sum as torchaudio.functional.resample with its defaults.
+    (samples,) at `old` Hz -> (ceil(samples * new / old),) at `new` Hz, band-limited as
+    torchaudio.functional.resample does by default: out(m) = sum_n x(n) h(n / old - m / new), h a
+    sinc cut off at `rolloff` of the lower Nyquist frequency, Hann-windowed to `zeros` crossings.
     """
     if old == new:
         return wave
@@ -148,37 +144,38 @@ def resample(wave, old, new, zeros=6, rolloff=0.99):
 
 
 # ---------------------------------------------------------------------------------------------
-# Mel banks, in float64 as their originals, rounded at the end: (frequency bins, mels) float32
+# Spectrograms
 
-def slaney_bank(mels, bins, rate, low, high):
-    """Triangles of equal area, linear in Hz; their corners linear to 1 kHz, logarithmic above."""
-    corner, step = 15.0, math.log(6.4) / 27
-
-    def to_mel(f):
-        return f * 3 / 200 if f < 1000 else corner + math.log(f / 1000) / step
-
-    mel = np.linspace(to_mel(low), to_mel(high), mels + 2)
-    hz = np.where(mel < corner, mel * 200 / 3, 1000 * np.exp((mel - corner) * step))
-    bank = triangles(np.linspace(0, rate / 2, bins), hz).astype(np.float32)
-    return torch.from_numpy(bank * (2 / (hz[2:] - hz[:-2])).astype(np.float32))
-
-
-def kaldi_bank(mels, bins, rate, low, high):
-    """Triangles of equal height, linear in mel = 1127 ln(1 + f / 700); the Nyquist bin counts 0."""
-    low, high = 1127 * np.log1p(np.array([low, high]) / 700)
-    mel = 1127 * np.log1p(np.linspace(0, rate / 2, bins) / 700)
-    bank = triangles(mel, np.linspace(low, high, mels + 2))
-    bank[-1] = 0
-    return torch.from_numpy(bank.astype(np.float32))
-
-
-def triangles(points, corners):
-    """(bins,), (mels + 2,) on any one scale -> (bins, mels): band m rises from corner m to m + 1,
-    where it is 1, and falls to m + 2."""
+def mel_bank(mels, bins, rate, low, high, scale="slaney"):
+    """
+    (bins, mels) float32: band m rises from corner m to m + 1 and falls to m + 2, the corners
+    evenly spaced in mel. Slaney's mel is linear up to 1 kHz, logarithmic above, its triangles have
+    equal areas; those of HTK and Kaldi have equal heights, and Kaldi's are linear in mel, not Hz.
+    """
+    hz = np.linspace(0, rate / 2, bins)
+    if scale == "slaney":
+        step = math.log(6.4) / 27
+        low, high = (f * 3 / 200 if f < 1000 else 15 + math.log(f / 1000) / step
+                     for f in (low, high))
+        mel = np.linspace(low, high, mels + 2)
+        corners = np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * step))
+    else:
+        mel = np.linspace(math.log1p(low / 700), math.log1p(high / 700), mels + 2)
+        corners = 700 * np.expm1(mel)
+    if scale == "kaldi":
+        hz, corners = np.log1p(hz / 700), mel
     left, peak, right = corners[:-2], corners[1:-1], corners[2:]
-    points = points[:, None]
-    rise, fall = (points - left) / (peak - left), (right - points) / (right - peak)
-    return np.maximum(0, np.minimum(rise, fall))
+    rise, fall = (hz[:, None] - left) / (peak - left), (right - hz[:, None]) / (right - peak)
+    bank = np.maximum(0, np.minimum(rise, fall)).astype(np.float32)
+    if scale == "slaney":
+        bank *= (2 / (right - left)).astype(np.float32)
+    return torch.from_numpy(bank)
+
+
+def power_spectrum(wave, window, hop):
+    """(B, samples) -> (B, 1 + samples / hop, bins): |STFT|^2, frames centred, ends reflected."""
+    x = torch.stft(wave, len(window), hop, window=window.to(wave.device), return_complex=True)
+    return (x.real.square() + x.imag.square()).transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -202,7 +199,7 @@ class Encoder(nn.Module):
         self.config, self.width, self.seconds = config, config.width, config.seconds
 
     def tokens(self, seconds):
-        """How many of the grid's time steps, from the first on, carry a clip of so many seconds."""
+        """How many of the grid's time steps, from the first, carry a clip of so many seconds."""
         steps = self.grid[0]
         return min(steps, max(1, math.ceil(round(seconds * steps / self.seconds, 6))))
 
@@ -217,12 +214,12 @@ class Encoder(nn.Module):
         assert wave.ndim == 2 and wave.shape[1] > 0, f"wanted (B, samples), got {wave.shape}"
         if wave.shape[1] > math.ceil(self.seconds * self.rate):
             warnings.warn(f"{type(self).__name__} hears the first {self.seconds:g} s of a clip; "
-                          "some are longer", stacklevel=2)
+                          "some are longer", stacklevel=3)  # the caller's line, past no_grad
         return self.spectrogram(wave.float())
 
 
 class Attention(nn.Module):
-    """Self-attention with q, k and v in one matrix, as in timm, SSLAM and HTSAT."""
+    """Self-attention with q, k and v in one matrix."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -231,14 +228,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, mask=None):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).movedim((-3, -2), (0, -3))
-        x = F.scaled_dot_product_attention(q, k, v, mask)  # (..., H, N, D/H)
-        return self.proj(x.transpose(-3, -2).flatten(-2))  # (..., N, D)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, mask)  # (B, H, N, D/H)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class MLP(nn.Module):
-    """D -> 4D -> D, with the names of timm."""
-
     def __init__(self, width):
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
@@ -246,6 +241,23 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """The parts of a transformer block under timm's names, which SSLAM and CLAP share."""
+
+    def __init__(self, width, heads, eps=1e-5):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.mlp = MLP(width)
+
+
+def waves(places, omega):
+    """(n,), (m,) -> (n, 2m) float32: sines of place * omega, then cosines; fixed positions."""
+    angle = places[:, None] * omega
+    return torch.from_numpy(np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -312,12 +324,13 @@ class Whisper(Encoder):
         self.frames = round(config.seconds * 100)
         self.grid = (math.ceil(self.frames / 2), 1)
         self.window = torch.from_numpy(np.hanning(401)[:-1].astype(np.float32))  # periodic
-        self.bank = slaney_bank(config.mels, 201, self.rate, 0, 8000)
+        self.bank = mel_bank(config.mels, 201, self.rate, 0, 8000)
         self.conv1 = nn.Conv1d(config.mels, d, 3, padding=1)
         self.conv2 = nn.Conv1d(d, d, 3, stride=2, padding=1)
-        self.register_buffer("positional_embedding", sinusoids(self.grid[0], d))
+        omega = 10000.0 ** -(np.arange(d // 2) / (d // 2 - 1))
+        self.register_buffer("positional_embedding", waves(np.arange(self.grid[0]), omega))
         heads = config.heads or d // 64
-        self.blocks = nn.ModuleList(WhisperBlock(d, heads) for _ in range(config.layers))
+        self.blocks = nn.Sequential(*(WhisperBlock(d, heads) for _ in range(config.layers)))
         self.ln_post = nn.LayerNorm(d)
 
     def spectrogram(self, wave):
@@ -332,23 +345,7 @@ class Whisper(Encoder):
         x = F.gelu(self.conv1(x.to(self.conv1.weight.dtype)))  # (B, M, F) -> (B, D, F)
         x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, F/2, D)
         x = x + self.positional_embedding[:x.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return self.ln_post(x)
-
-
-def power_spectrum(wave, window, hop):
-    """(B, samples) -> (B, 1 + samples / hop, bins): |STFT|^2, frames centred, ends reflected."""
-    window = window.to(wave.device)
-    x = torch.stft(wave, len(window), hop, window=window, return_complex=True)
-    return (x.real.square() + x.imag.square()).transpose(1, 2)
-
-
-def sinusoids(length, width):
-    """(length, width): sin(p w_i) in the first half, cos in the second, w from 1 to 1 / 10000."""
-    i = np.arange(width // 2)
-    angle = np.arange(length)[:, None] * np.exp(-math.log(10000) / (width // 2 - 1) * i)
-    return torch.from_numpy(np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32))
+        return self.ln_post(self.blocks(x))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -369,15 +366,8 @@ SSLAM_SIZES = {
 }
 
 
-class SSLAMBlock(nn.Module):
+class SSLAMBlock(Block):
     """Post-LN: the stream itself is normalised after each part."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.attn = Attention(width, heads)
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x):
         x = self.norm1(x + self.attn(x))
@@ -395,21 +385,25 @@ class SSLAM(Encoder):
         assert self.frames % 16 == 0, f"{config.seconds} s are not a multiple of 0.16 s"
         self.grid = (self.frames // 16, 8)
         self.window = torch.from_numpy(np.hanning(400).astype(np.float32))  # not periodic
-        self.bank = kaldi_bank(128, 257, self.rate, 20, 8000)
+        self.bank = mel_bank(128, 257, self.rate, 20, 8000, "kaldi")
         self.extra_tokens = nn.Parameter(nn.init.normal_(torch.empty(1, 1, d), std=0.02))
         self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(1, d, 16, stride=16)})
+        # A patch's band is told in the first half of its width, its time in the second.
+        t, f = np.divmod(np.arange(self.frames // 2), 8)
+        omega = 10000.0 ** -(np.arange(d // 4) / (d // 4))
+        positions = torch.cat([waves(f, omega), waves(t, omega)], 1)[None]  # (1, N, D)
         self.fixed_positional_encoder = nn.Module()
-        self.fixed_positional_encoder.register_buffer("positions", grid_sinusoids(*self.grid, d))
+        self.fixed_positional_encoder.register_buffer("positions", positions)
         self.pre_norm = nn.LayerNorm(d, eps=1e-6)
         heads = config.heads or d // 64
-        self.blocks = nn.ModuleList(SSLAMBlock(d, heads) for _ in range(config.layers))
+        blocks = (SSLAMBlock(d, heads, eps=1e-6) for _ in range(config.layers))
+        self.blocks = nn.Sequential(*blocks)
 
     def spectrogram(self, wave):
-        wave = wave - wave.mean(1, keepdim=True)  # of the whole clip, also of what is cut off
         wave = F.pad(wave, (0, max(0, 400 - wave.shape[1])))  # at least one frame
         x = wave[:, :240 + self.frames * 160].unfold(1, 400, 160)  # (B, F, 400)
-        x = x - x.mean(2, keepdim=True)
-        x = x - 0.97 * F.pad(x, (1, 0), mode="replicate")[..., :-1]  # pre-emphasis, by the frame
+        x = x - x.mean(2, keepdim=True)  # which undoes any offset of the whole clip as well
+        x = x - 0.97 * F.pad(x, (1, 0))[..., :-1]  # pre-emphasis; the window is 0 where it starts
         x = torch.fft.rfft(x * self.window.to(x.device), 512)
         mel = (x.real.square() + x.imag.square()) @ self.bank.to(wave.device)
         x = mel.clamp(min=2.0 ** -23).log()
@@ -422,30 +416,272 @@ class SSLAM(Encoder):
         x = proj(x.to(proj.weight.dtype)).flatten(2).transpose(1, 2)  # (B, F/16 * 8, D)
         x = x + self.fixed_positional_encoder.positions[:, :x.shape[1]]
         x = torch.cat([self.extra_tokens.expand(len(x), -1, -1), x], 1)  # cls has no position
-        x = self.pre_norm(x)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-def grid_sinusoids(steps, bands, width):
-    """(1, steps * bands, width): the band's place in the first half, the time step's in the second,
-    each as [sin, cos] of place * 10000^(-i / (width / 4))."""
-    omega = 10000.0 ** -(np.arange(width // 4) / (width // 4))
-    t, f = np.divmod(np.arange(steps * bands), bands)
-    angle = np.stack([f, t], 1)[:, :, None] * omega  # (N, 2, D/4)
-    table = np.concatenate([np.sin(angle), np.cos(angle)], 2).reshape(1, -1, width)
-    return torch.from_numpy(table.astype(np.float32))
+        return self.blocks(self.pre_norm(x))
 
 
 # ---------------------------------------------------------------------------------------------
+# CLAP (Wu et al. 2022; Elizalde et al. 2023; names of laion_clap): sounds, as captions have them
 
-ENCODERS = {"whisper": Whisper, "sslam": SSLAM}
+@dataclass(frozen=True)
+class CLAPConfig:
+    width: int = 96         # of the first stage; each further one doubles it and halves the map
+    depths: tuple = (2, 2, 6, 2)
+    heads: int = 4          # of the first stage, doubled along with the width
+    image: int = 256        # side of the square that the spectrogram is folded into
+    seconds: float = 10.0
+    rate: int = 48000
+    hop: int = 480
+    scale: str = "slaney"   # of the mel bank, or htk
+    high: float = 14000.0   # where the mel bank ends, in Hz
+    bank_rate: int = 48000  # Microsoft's bank was made for 32 kHz, its sound comes at 44.1
+    fill: bool = False      # short clips: repeat to the brim, or whole copies and then zeros
+
+
+CLAP_SIZES = {
+    "tiny": CLAPConfig(),  # clap-htsat-unfused
+    "fused": CLAPConfig(scale="htk"),
+    "base": CLAPConfig(width=128, depths=(2, 2, 12, 2)),  # larger_clap_*
+    "microsoft": CLAPConfig(seconds=7.0, rate=44100, hop=320, bank_rate=32000, fill=True),
+    "mini": CLAPConfig(width=32, depths=(2, 2, 2), heads=2, image=128, seconds=4.0, rate=16000,
+                       hop=256, high=8000.0, bank_rate=16000),
+}
+
+
+class SwinBlock(Block):
+    """Pre-LN; attention inside windows of 8 x 8, moved by half a window in every other block."""
+
+    def __init__(self, width, heads, side, shift):
+        super().__init__(width, heads)
+        assert side % 8 == 0, f"a map of {side} x {side} has no whole windows of 8 x 8"
+        self.attn.relative_position_bias_table = nn.Parameter(torch.zeros(15 * 15, heads))
+        self.shift = shift
+        y, x = np.divmod(np.arange(64), 8)
+        index = (y[:, None] - y + 7) * 15 + (x[:, None] - x + 7)  # query minus key
+        self.register_buffer("index", torch.from_numpy(index), persistent=False)
+        # After a shift the last windows hold what lies at opposite edges: kept apart by the mask.
+        i = np.arange(side)
+        edge = 1 * (i >= side - 8) + (i >= side - shift)
+        region = into_windows(torch.from_numpy(3 * edge[:, None] + edge)[None, :, :, None])
+        mask = -100.0 * (region != region.transpose(1, 2))  # (nW, 64, 64)
+        self.register_buffer("mask", mask[:, None], persistent=False)
+
+    def forward(self, x):
+        B, R = x.shape[:2]  # x is (B, R, R, D)
+        bias = self.attn.relative_position_bias_table[self.index].permute(2, 0, 1)[None]
+        y = self.norm1(x)
+        if self.shift:
+            y = y.roll((-self.shift, -self.shift), (1, 2))
+            bias = (bias + self.mask.to(bias.dtype)).repeat(B, 1, 1, 1)  # (1 or B nW, H, 64, 64)
+        y = self.attn(into_windows(y), bias)
+        y = y.view(B, R // 8, R // 8, 8, 8, -1).transpose(2, 3).reshape(x.shape)
+        if self.shift:
+            y = y.roll((self.shift, self.shift), (1, 2))
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+def into_windows(x):
+    """(B, R, R, D) -> (B nW, 64, D), windows row by row."""
+    B, R, _, D = x.shape
+    return x.view(B, R // 8, 8, R // 8, 8, D).transpose(2, 3).reshape(-1, 64, D)
+
+
+class PatchMerging(nn.Module):
+    """(B, R, R, D) -> (B, R/2, R/2, 2D)"""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width)
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+
+    def forward(self, x):
+        x = [x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]]
+        return self.reduction(self.norm(torch.cat(x, -1)))
+
+
+class CLAP(Encoder):
+    """
+    Features (B, 1, F, 64) -> (B, N, D); the real ones have 32 time steps x 2 bands of frequency.
+
+    HTSAT is a Swin transformer made for square images. The long, low spectrogram is stretched to
+    image^2 / 64 frames and cut in image / 64 pieces, which are laid one below the other.
+    """
+    Config, sizes = CLAPConfig, CLAP_SIZES
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rate, d, side = config.rate, config.width, config.image // 4
+        self.pieces = config.image // 64
+        self.frames = config.image * self.pieces
+        self.samples = round(config.seconds * config.rate)
+        assert 1 + self.samples // config.hop <= self.frames, f"{config} is too long for its image"
+        self.window = torch.from_numpy(np.hanning(1025)[:-1].astype(np.float32))
+        bank = mel_bank(64, 513, config.bank_rate, 50, config.high, config.scale)
+        self.logmel_extractor = nn.Module()
+        self.logmel_extractor.register_buffer("melW", bank)  # checkpoints may bring their own
+        self.bn0 = nn.BatchNorm2d(64)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, d, 4, 4), "norm": nn.LayerNorm(d)})
+        self.layers = nn.Sequential()
+        for i, depth in enumerate(config.depths):
+            r, stage = side >> i, nn.Sequential()
+            shifts = (4 if j % 2 and r > 8 else 0 for j in range(depth))
+            blocks = (SwinBlock(d << i, config.heads << i, r, shift) for shift in shifts)
+            stage.add_module("blocks", nn.Sequential(*blocks))
+            if i < len(config.depths) - 1:
+                stage.add_module("downsample", PatchMerging(d << i))
+            self.layers.append(stage)
+        self.width = d << i
+        self.norm = nn.LayerNorm(self.width)
+        self.grid = (self.pieces * r, r // self.pieces)
+
+    def spectrogram(self, wave):
+        wave, n = wave[:, :self.samples], self.samples
+        copies = n / wave.shape[1]
+        wave = wave.repeat(1, math.ceil(copies) if self.config.fill else int(copies))[:, :n]
+        wave = F.pad(wave, (0, n - wave.shape[1]))
+        power = power_spectrum(wave, self.window, self.config.hop)
+        mel = power @ self.logmel_extractor.melW.float()
+        return 10 * mel.clamp(min=1e-10).log10()[:, None]  # (B, 1, F, 64), in dB
+
+    def forward(self, x):
+        x = x.to(self.norm.weight.dtype).transpose(1, 3)
+        x = self.bn0(x).transpose(1, 3)  # each mel band on its own scale
+        x = F.interpolate(x, (self.frames, 64), mode="bicubic", align_corners=True)
+        x = x.unflatten(2, (self.pieces, -1)).transpose(3, 4).flatten(2, 3)  # (B, 1, image, image)
+        x = self.patch_embed["proj"](x).permute(0, 2, 3, 1)  # (B, R, R, D), R = image / 4
+        x = self.norm(self.layers(self.patch_embed["norm"](x)))
+        x = x.unflatten(1, (self.pieces, -1))  # (B, pieces, bands, steps in one, D)
+        return x.transpose(2, 3).flatten(1, 3)  # (B, steps * bands, D)
+
+
+# ---------------------------------------------------------------------------------------------
+# Public checkpoints
+
+ENCODERS = {"whisper": Whisper, "sslam": SSLAM, "clap": CLAP}
+
+# How the public files name things, as (pattern, replacement), applied one after the other
+NAMES = {
+    "whisper": (
+        (r"^(model_state_dict\.|model\.)?(encoder\.)?", ""),  # openai/whisper; Hugging Face
+        (r"^layers\.", "blocks."), (r"^layer_norm\.", "ln_post."),
+        (r"^embed_positions\.weight", "positional_embedding"),
+        (r"\.self_attn_layer_norm\.", ".attn_ln."), (r"\.final_layer_norm\.", ".mlp_ln."),
+        (r"\.self_attn\.q_proj\.", ".attn.query."), (r"\.self_attn\.k_proj\.", ".attn.key."),
+        (r"\.self_attn\.v_proj\.", ".attn.value."), (r"\.self_attn\.out_proj\.", ".attn.out."),
+        (r"\.fc1\.", ".mlp.0."), (r"\.fc2\.", ".mlp.2.")),
+    "sslam": (
+        (r"^(model\.)+", ""),  # fairseq: one or, fine-tuned, two; Hugging Face: one
+        (r"^modality_encoders\.IMAGE\.(context_encoder\.norm\.)", "pre_norm."),
+        (r"^modality_encoders\.IMAGE\.", "")),
+    "clap": (
+        (r"^(state_dict\.|model\.)?(module\.)?", ""),
+        (r"^(audio_branch|audio_encoder\.base\.htsat)\.", ""),  # laion_clap; Microsoft
+        (r"^(audio_model\.)?audio_encoder\.", ""),  # Hugging Face, as all that follows
+        (r"^batch_norm\.", "bn0."),
+        (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
+        (r"\.attention\.self\.query\.", ".attn.qkv.0."),  # three parts, put together on loading
+        (r"\.attention\.self\.key\.", ".attn.qkv.1."),
+        (r"\.attention\.self\.value\.", ".attn.qkv.2."),
+        (r"\.attention\.self\.", ".attn."), (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2.")),
+}
+# What is left out on purpose, once named so: decoders, heads, text towers, copies, training states
+IGNORED = {
+    "whisper": r"decoder\.|proj_out\.|projector\.|classifier\.|layer_weights$",
+    "sslam": r"_ema\.|(shared_)?decoder\.|recon_proj\.|cls_proj\.|center$|fc_norm\.|head\.|"
+             r"args\.|cfg\.|criterion\.|(last_)?optimizer_|task_state\.|extra_state\.",
+    "clap": r"text_|caption_encoder\.|logit_scale|(audio_)?projection\.|audio_transform\.|"
+            r"spectrogram_extractor\.|tscam_conv\.|head\.|optimizer\.|scaler\.|"
+            r".*\.(attn_mask|relative_position_index)$|.*\b(mel_conv[12]d|fusion_model)\.",
+}
+# What a name in the file tells of the front end that it was trained with; the first that is found
+CLAP_FRONT_ENDS = {r"audio_encoder\.base\.htsat\.": CLAP_SIZES["microsoft"],
+                   r"mel_conv[12]d\.|fusion_model\.": CLAP_SIZES["fused"],
+                   "": CLAP_SIZES["tiny"]}
+
+
+def load_encoder(kind, path, dtype=torch.float32):
+    """
+    Open a public checkpoint, a file or a Hugging Face folder, as ENCODERS[kind], in eval mode.
+
+    Its form and sizes are read off its tensors: Whisper of openai/whisper and Hugging Face; SSLAM
+    of fairseq, pre-trained and fine-tuned, and Hugging Face; CLAP of laion_clap, fused or not,
+    Hugging Face, and Microsoft 2023. ValueError, one line: which tensor is missing or misshapen.
+    """
+    tensors = load_tensors(path)
+    state = public_names(kind, tensors)
+    try:
+        config = MEASURE[kind](state, " ".join(tensors))
+    except (KeyError, ValueError, IndexError) as error:  # absent, or not of so many dimensions
+        raise ValueError(f"{path}: no {kind} encoder among its {len(tensors)} tensors ({error})"
+                         ) from None
+    with torch.device("meta"):  # no memory for weights that are about to be replaced
+        encoder = ENCODERS[kind](config)
+    wanted = encoder.state_dict()
+    # CLAP's mel bank may be absent: computed, it is not on "meta" as what is learned.
+    state = {name: t for name, t in wanted.items() if not t.is_meta} | state
+    wrong = [f"{name} is missing" for name in wanted if name not in state]
+    wrong += [f"{name} is not known" for name in state if name not in wanted]
+    wrong += [f"{name} is {tuple(state[name].shape)}, not {tuple(wanted[name].shape)}"
+              for name in wanted if name in state and state[name].shape != wanted[name].shape]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{path}: not quite a {kind} encoder: {', '.join(wrong[:3])}{more}")
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    encoder.load_state_dict(state, assign=True)
+    return encoder.eval()
+
+
+def public_names(kind, tensors):
+    """The encoder's own tensors, by the names that they have here."""
+    state = {}
+    for name, tensor in tensors.items():
+        for pattern, new in NAMES[kind]:
+            name = re.sub(pattern, new, name)
+        if not re.match(IGNORED[kind], name):
+            state[name] = tensor
+    for name in [name for name in state if ".qkv.0." in name]:
+        three = [name.replace("qkv.0", f"qkv.{i}") for i in range(3)]
+        if all(part in state and state[part].shape == state[name].shape for part in three):
+            whole = torch.cat([state.pop(part) for part in three])
+            state[name.replace("qkv.0", "qkv")] = whole
+    return state
+
+
+def count(state, prefix):
+    """How many modules there are in the list `prefix`."""
+    return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+
+
+def measure_whisper(state, names):
+    width, mels, _ = state["conv1.weight"].shape
+    return WhisperConfig(mels, width, count(state, "blocks."),
+                         seconds=len(state["positional_embedding"]) / 50)
+
+
+def measure_sslam(state, names):
+    table = "fixed_positional_encoder.positions"
+    columns = min(64, state[table].shape[1] // 8)  # some files have positions for 122 s
+    state[table] = state[table][:, :columns * 8]
+    return SSLAMConfig(state["extra_tokens"].shape[2], count(state, "blocks."),
+                       seconds=columns * 0.16)
+
+
+def measure_clap(state, names):
+    base = next(config for mark, config in CLAP_FRONT_ENDS.items() if re.search(mark, names))
+    if base.scale == "htk":  # the fused ones carry a bank that they do not listen through
+        state.pop("logmel_extractor.melW", None)
+    stages = range(count(state, "layers."))
+    return replace(base, width=len(state["patch_embed.proj.weight"]),
+                   depths=tuple(count(state, f"layers.{i}.blocks.") for i in stages),
+                   heads=state["layers.0.blocks.0.attn.relative_position_bias_table"].shape[1])
+
+
+MEASURE = {"whisper": measure_whisper, "sslam": measure_sslam, "clap": measure_clap}
 
 
 def make_encoder(kind, size="mini"):
     """A new encoder with random weights, of one of ENCODERS[kind].sizes."""
-    assert kind in ENCODERS, f"{kind}: not one of {', '.join(ENCODERS)}"
     sizes = ENCODERS[kind].sizes
     assert size in sizes, f"{size}: not one of {', '.join(sizes)}"
     return ENCODERS[kind](sizes[size])

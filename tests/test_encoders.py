@@ -1,0 +1,736 @@
+"""
+The ears: every file format and every bad file; front ends and encoders against a second version of
+themselves and, as public checkpoints, against the originals' own outputs; hostile weight files.
+
+    python -m pytest tests/test_encoders.py
+"""
+
+import json
+import math
+import os
+import pickle
+import struct
+import sys
+import wave as wave_module
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from encoders import (ENCODERS, SSLAM, SSLAMConfig, Whisper, WhisperConfig, load_audio,
+                      load_encoder, make_encoder, resample, save_wav)
+from golden.make_encoders import sound, sslam_positions, weight
+from model import load_tensors
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """So little work is not worth sharing: on a busy machine threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def randomise(module, seed=0):
+    """Every parameter at random and far from its start: a zero bias hides errors."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        scale = 0.3 if p.ndim == 1 else p[0].numel() ** -0.5
+        p.data = torch.randn(p.shape, generator=g) * scale + (1.0 if "norm" in name and
+                                                              name.endswith("weight") else 0)
+    return module.eval()
+
+
+def clip(seconds, rate=16000, seed=0):
+    """A chirp in noise, with an offset: something for every mel band, and a mean to subtract."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * rate)) / rate
+    x = 0.3 * np.sin(2 * np.pi * (200 + 700 * t) * t) + 0.02 * rng.standard_normal(len(t)) + 0.05
+    return torch.from_numpy(x.astype(np.float32))
+
+
+def close(ours, theirs, relative):
+    theirs = torch.as_tensor(theirs)
+    assert ours.shape == theirs.shape
+    worst = (ours.double() - theirs.double()).abs().max() / theirs.abs().max()
+    assert worst < relative, f"differs by {worst:.1e} of the largest value"
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading files
+
+def riff(*chunks, kind=b"WAVE"):
+    body = b"".join(name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
+                    for name, data in chunks)
+    return b"RIFF" + struct.pack("<I", 4 + len(body)) + kind + body
+
+
+def fmt(tag, channels, rate, bits, extra=b""):
+    block = channels * bits // 8
+    return b"fmt ", struct.pack("<HHIIHH", tag, channels, rate, rate * block, block, bits) + extra
+
+
+def extensible(tag, channels, rate, bits):
+    guid = struct.pack("<H", tag) + bytes.fromhex("000000001000800000aa00389b71")
+    return fmt(0xFFFE, channels, rate, bits, struct.pack("<HHI", 22, bits, 0) + guid)
+
+
+VALUES = [0.0, 0.5, -0.5, -1.0, 0.25, 0.9921875, -0.0078125]  # exact in 8 bits
+ENCODE = {
+    (1, 8): lambda v: struct.pack("B", round(v * 128) + 128),
+    (1, 16): lambda v: struct.pack("<h", round(v * 2 ** 15)),
+    (1, 24): lambda v: struct.pack("<i", round(v * 2 ** 23))[:3],
+    (1, 32): lambda v: struct.pack("<i", round(v * 2 ** 31)),
+    (3, 32): lambda v: struct.pack("<f", v),
+    (3, 64): lambda v: struct.pack("<d", v),
+}
+
+
+@pytest.mark.parametrize("header", [fmt, extensible])
+@pytest.mark.parametrize("tag, bits", ENCODE)
+def test_every_wav_format_gives_the_samples_that_were_written(tmp_path, tag, bits, header):
+    data = b"".join(ENCODE[tag, bits](v) for v in VALUES)
+    junk = b"LIST", b"odd"  # an unknown chunk, of odd length, so padded
+    path = tmp_path / "a.wav"
+    path.write_bytes(riff(junk, header(tag, 1, 8000, bits), junk, (b"data", data), junk))
+    assert load_audio(path, 8000).tolist() == VALUES
+    assert load_audio(str(path), 8000).dtype == torch.float32
+
+
+@pytest.mark.parametrize("channels", [2, 3, 6])
+def test_channels_are_averaged(tmp_path, channels):
+    frames = np.random.default_rng(0).integers(-30000, 30000, (50, channels), dtype=np.int16)
+    with wave_module.open(str(tmp_path / "a.wav"), "wb") as f:
+        f.setparams((channels, 2, 16000, 50, "NONE", ""))
+        f.writeframes(frames.tobytes())
+    expected = frames.astype(np.float64).mean(1) / 32768
+    assert np.abs(load_audio(tmp_path / "a.wav", 16000).numpy() - expected).max() < 1e-7
+
+
+def test_a_wav_from_a_pipe_and_a_last_frame_cut_short(tmp_path):
+    raw = riff(fmt(1, 2, 16000, 16), (b"data", b"\0\x40" * 7))  # 3.5 frames of two channels
+    (tmp_path / "a.wav").write_bytes(raw.replace(struct.pack("<I", 14), b"\xff" * 4))
+    assert load_audio(tmp_path / "a.wav", 16000).tolist() == [0.5] * 3
+
+
+def test_save_wav_is_read_back_and_clips(tmp_path):
+    save_wav(tmp_path / "a.wav", torch.tensor([0.5, -1.0, 3.0, -3.0, 1e-5]), 16000)
+    assert load_audio(tmp_path / "a.wav", 16000).tolist() == [0.5, -1, 32767 / 32768, -1, 0]
+    with wave_module.open(str(tmp_path / "a.wav")) as f:
+        assert f.getparams()[:4] == (1, 2, 16000, 5)
+
+
+GOOD = riff(fmt(1, 1, 16000, 16), (b"data", b"\1\2" * 100))
+NAN = struct.pack("<3f", 0, math.nan, 0)
+BAD_FILES = {
+    "empty file": b"",
+    "not a WAV": b"Dear reader, this is no sound.",
+    "truncated, its header promises 200 bytes of sound and 150": GOOD[:-50],
+    "without its data chunk": GOOD[:30],
+    "without its fmt  chunk": riff((b"data", b"1234")),
+    "0 bits": riff((b"fmt ", b"\1\0"), (b"data", b"1234")),
+    "holds no samples": riff(fmt(1, 1, 16000, 16), (b"data", b"")),
+    "holds NaN": riff(fmt(3, 1, 16000, 32), (b"data", NAN)),
+    "infinite": riff(fmt(3, 1, 16000, 64), (b"data", struct.pack("<d", 1e300))),
+    "codec 6": riff(fmt(6, 1, 8000, 8), (b"data", b"1234")),
+    "12 bits": riff(fmt(1, 1, 8000, 12), (b"data", b"1234")),
+    "0 channels": riff(fmt(1, 0, 8000, 16), (b"data", b"1234")),
+    "1 channels, 0 Hz": riff(fmt(1, 1, 0, 16), (b"data", b"1234")),
+}
+
+
+def one_line(error, *words):
+    text = str(error.value)
+    assert "\n" not in text and all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("why", BAD_FILES)
+def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, why, monkeypatch):
+    monkeypatch.setitem(sys.modules, "soundfile", None)  # as if it were not installed
+    (tmp_path / "bad.wav").write_bytes(BAD_FILES[why])
+    with pytest.raises(ValueError) as error:
+        load_audio(tmp_path / "bad.wav", 16000)
+    one_line(error, "bad.wav", why, ";")
+
+
+@pytest.mark.parametrize("name, why", [("absent.wav", "No such file"), (".", "directory")])
+def test_no_such_file(tmp_path, name, why):
+    with pytest.raises(ValueError) as error:
+        load_audio(tmp_path / name, 16000)
+    one_line(error, str(tmp_path), why)
+
+
+def test_other_formats_go_through_soundfile_or_say_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.flac").write_bytes(b"fLaC")
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    with pytest.raises(ValueError) as error:
+        load_audio(tmp_path / "a.flac", 16000)
+    one_line(error, "a.flac", "pip install soundfile")
+
+    class Stub:
+        def read(path, dtype, always_2d):
+            if "bad" in str(path):
+                raise RuntimeError("Format not recognised.")
+            return np.array([[0.5, 0.25]], np.float32), 16000
+
+    monkeypatch.setitem(sys.modules, "soundfile", Stub)
+    assert load_audio(tmp_path / "a.flac", 16000).tolist() == [0.375]
+    (tmp_path / "bad.flac").write_bytes(b"fLaC")
+    with pytest.raises(ValueError) as error:
+        load_audio(tmp_path / "bad.flac", 16000)
+    one_line(error, "bad.flac", "not recognised")
+
+
+# ---------------------------------------------------------------------------------------------
+# Resampling
+
+def slow_resample(x, old, new):
+    """The sum itself, in float64, an output at a time."""
+    g = math.gcd(old, new)
+    old, new = old // g, new // g
+    cutoff, n = min(old, new) * 0.99, np.arange(len(x))
+    out = []
+    for m in range(math.ceil(len(x) * new / old)):
+        t = np.clip((n / old - m / new) * cutoff, -6, 6)
+        out.append((x * np.sinc(t) * np.cos(np.pi * t / 12) ** 2).sum() * cutoff / old)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("old, new", [(44100, 16000), (8000, 16000), (48000, 16000),
+                                      (16000, 44100), (22050, 16000), (11025, 16001)])
+def test_resample_is_the_windowed_sinc_sum(old, new):
+    x = np.random.default_rng(1).standard_normal(701)
+    ours = resample(torch.from_numpy(x).float(), old, new)
+    close(ours, slow_resample(x, old, new), 1e-5)
+
+
+def test_a_sine_stays_a_sine_and_what_cannot_be_heard_is_gone():
+    t = torch.arange(44100, dtype=torch.float64) / 44100
+    ours = resample(torch.sin(2 * math.pi * 1000 * t).float(), 44100, 16000)
+    expected = torch.sin(2 * math.pi * 1000 * torch.arange(16000) / 16000)
+    assert len(ours) == 16000
+    assert (ours - expected)[100:-100].abs().max() < 2e-3
+    too_high = resample(torch.sin(2 * math.pi * 12000 * t).float(), 44100, 16000)
+    assert too_high[100:-100].abs().max() < 2e-3
+
+
+def test_rates_without_a_common_divisor_need_no_more_memory_than_others():
+    assert len(resample(torch.ones(44101), 44101, 16000)) == 16000  # all at once: 2.8 GB
+
+
+# ---------------------------------------------------------------------------------------------
+# Front ends, each against a slow numpy version
+
+def slow_whisper(x, mels, seconds):
+    samples = round(seconds * 16000)
+    x = np.pad(x.astype(np.float64), (0, max(0, samples - len(x))))[:samples]
+    x = np.pad(x, 200, mode="reflect")
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
+    power = [np.abs(np.fft.fft(x[i:i + 400] * window)[:201]) ** 2 for i in range(0, samples, 160)]
+
+    def hz_of(mel):
+        return mel * 200 / 3 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27)
+
+    top = 15 + 27 * math.log(8) / math.log(6.4)  # 8000 Hz
+    f = [hz_of(top * i / (mels + 1)) for i in range(mels + 2)]
+    bank = np.zeros((201, mels))
+    for k in range(201):
+        for m in range(mels):
+            up = (k * 40 - f[m]) / (f[m + 1] - f[m])
+            down = (f[m + 2] - k * 40) / (f[m + 2] - f[m + 1])
+            bank[k, m] = max(0, min(up, down)) * 2 / (f[m + 2] - f[m])
+    log = np.log10(np.maximum(np.array(power) @ bank, 1e-10)).T
+    return (np.maximum(log, log.max() - 8) + 4) / 4
+
+
+@pytest.mark.parametrize("mels, seconds", [(80, 4.0), (80, 2.0), (128, 2.5)])
+def test_whisper_front_end(mels, seconds):
+    wave = clip(2.3)  # padded to the first window, cut to the second
+    encoder = Whisper(WhisperConfig(mels, 64, 1, seconds=seconds))
+    with torch.no_grad():
+        ours = encoder.front_end(wave[None, :round(seconds * 16000)])
+    theirs = slow_whisper(wave.numpy(), mels, seconds)
+    assert ours.shape == (1, mels, seconds * 100)
+    assert np.abs(ours[0].numpy() - theirs).max() < 1e-3
+
+
+def slow_kaldi(x):
+    """Kaldi's fbank of 128 bins with torchaudio's settings for AudioSet models, frame by frame."""
+    x = x.astype(np.float64) - x.astype(np.float64).mean()
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)
+
+    def mel(f):
+        return 1127 * math.log(1 + f / 700)
+
+    low, step = mel(20), (mel(8000) - mel(20)) / 129
+    bank = np.zeros((256, 128))
+    for k in range(256):
+        for m in range(128):
+            place = (mel(k * 31.25) - low) / step - m  # 0, 1, 2 at the triangle's corners
+            bank[k, m] = max(0, min(place, 2 - place))
+    rows = []
+    for i in range(1 + (len(x) - 400) // 160):
+        frame = x[i * 160:i * 160 + 400]
+        frame = frame - frame.mean()
+        frame = np.append(frame[0] * 0.03, frame[1:] - 0.97 * frame[:-1]) * window
+        power = np.abs(np.fft.fft(np.pad(frame, (0, 112)))[:256]) ** 2
+        rows.append(np.log(np.maximum(power @ bank, 1.1920929e-07)))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("seconds", [4.0, 1.237, 5.1])
+def test_sslam_front_end(seconds, recwarn):
+    wave = clip(seconds)
+    rows = slow_kaldi(wave.numpy())
+    assert len(rows) == 1 + (len(wave) - 400) // 160
+    rows = np.pad(rows, ((0, max(0, 400 - len(rows))), (0, 0)))[:400]  # zeros, then normalised
+    ours = make_encoder("sslam").front_end(wave[None])
+    assert len(recwarn) == (seconds > 4)
+    assert np.abs(ours[0, 0].numpy() - (rows + 4.268) / 9.138).max() < 1e-3
+    if seconds < 4:
+        assert abs(ours[0, 0, -1, 0].item() - 0.46706) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------
+# Encoders
+
+def test_whisper_by_another_composition():
+    """nn.MultiheadAttention, and convolutions as products, in place of the module's forward."""
+    encoder = randomise(Whisper(WhisperConfig(20, 128, 2, seconds=0.6)))
+    s, x = encoder.state_dict(), torch.randn(2, 20, 60)
+
+    def conv(x, name, stride):
+        x = F.pad(x, (1, 1)).unfold(2, 3, stride)  # (B, C, F, 3)
+        y = torch.einsum("bcfk,dck->bdf", x, s[name + ".weight"]) + s[name + ".bias"][:, None]
+        return y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))
+
+    h = conv(conv(x, "conv1", 1), "conv2", 2).transpose(1, 2)
+    i, p = torch.arange(64), torch.arange(30)[:, None]
+    angle = p * 10000.0 ** (-i / 63)
+    h = h + torch.cat([angle.sin(), angle.cos()], 1)
+    for n in range(2):
+        w = {k.removeprefix(f"blocks.{n}."): v for k, v in s.items() if f"blocks.{n}." in k}
+        attention = nn.MultiheadAttention(128, 2, batch_first=True)
+        names = "query", "key", "value"
+        attention.in_proj_weight.data = torch.cat([w[f"attn.{q}.weight"] for q in names])
+        attention.in_proj_bias.data = torch.cat([w["attn.query.bias"], torch.zeros(128),
+                                                 w["attn.value.bias"]])
+        attention.out_proj.weight.data = w["attn.out.weight"]
+        attention.out_proj.bias.data = w["attn.out.bias"]
+        y = F.layer_norm(h, (128,), w["attn_ln.weight"], w["attn_ln.bias"])
+        h = h + attention(y, y, y)[0]
+        y = F.layer_norm(h, (128,), w["mlp_ln.weight"], w["mlp_ln.bias"])
+        y = F.gelu(y @ w["mlp.0.weight"].T + w["mlp.0.bias"])
+        h = h + y @ w["mlp.2.weight"].T + w["mlp.2.bias"]
+    h = F.layer_norm(h, (128,), s["ln_post.weight"], s["ln_post.bias"])
+    close(encoder(x), h.detach(), 1e-5)
+
+
+def test_sslam_by_another_composition():
+    """Patches cut by hand, positions as a double loop, blocks as nn.TransformerEncoderLayer."""
+    encoder = randomise(SSLAM(SSLAMConfig(64, 2, heads=4, seconds=0.48)))
+    s, x = encoder.state_dict(), torch.randn(2, 1, 48, 128)
+    rows = []
+    for t in range(3):
+        for f in range(8):
+            patch = x[:, 0, t * 16:t * 16 + 16, f * 16:f * 16 + 16].flatten(1)  # (B, 256)
+            position = [trig(place * 10000 ** (-i / 16)) for place in (f, t)
+                        for trig in (math.sin, math.cos) for i in range(16)]
+            rows.append(patch @ s["local_encoder.proj.weight"].flatten(1).T
+                        + s["local_encoder.proj.bias"] + torch.tensor(position))
+    h = torch.stack([s["extra_tokens"][0, 0].expand(2, -1)] + rows, 1)
+    h = F.layer_norm(h, (64,), s["pre_norm.weight"], s["pre_norm.bias"], 1e-6)
+    for n in range(2):
+        layer = nn.TransformerEncoderLayer(64, 4, 256, 0, "gelu", 1e-6, batch_first=True)
+        layer.load_state_dict({
+            theirs + end: s[f"blocks.{n}.{ours}{dot}{end}"]
+            for ours, theirs, dot in (("attn.qkv", "self_attn.in_proj_", "."),
+                                      ("attn.proj", "self_attn.out_proj.", "."),
+                                      ("mlp.fc1", "linear1.", "."), ("mlp.fc2", "linear2.", "."),
+                                      ("norm1", "norm1.", "."), ("norm2", "norm2.", "."))
+            for end in ("weight", "bias")})
+        h = layer(h)
+    close(encoder(x), h.detach(), 1e-5)
+
+
+def test_real_sizes():
+    with torch.device("meta"):
+        sslam = make_encoder("sslam", "base")
+        whisper = make_encoder("whisper", "large-v3")
+    assert sum(p.numel() for p in sslam.parameters()) == 85_254_144
+    assert (sslam.grid, sslam.extra, sslam.seconds) == ((64, 8), 1, 10.24)
+    assert (whisper.grid, whisper.blocks[0].attn.heads) == ((1500, 1), 20)
+    # Whisper large-v3's encoder, without its fixed positions
+    assert sum(p.numel() for p in whisper.parameters()) == 635_048_960
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_tokens_fill_the_grid_and_count_the_clip(kind):
+    encoder = make_encoder(kind).eval()
+    steps, bands = encoder.grid
+    features = encoder.front_end(clip(4.0).expand(2, -1))
+    out = encoder(features)
+    assert out.shape == (2, encoder.extra + steps * bands, encoder.width)
+    step = encoder.seconds / steps
+    for n in range(1, steps + 1):  # clips that end with step n, or just start the next
+        assert encoder.tokens(n * step) == n
+        assert encoder.tokens(n * step + 0.001) == min(n + 1, steps)
+    assert encoder.tokens(0.001) == 1 and encoder.tokens(100) == steps
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_batch_gives_what_each_clip_gives_alone(kind):
+    encoder = randomise(make_encoder(kind))
+    clips = [clip(s, seed=i) * 10.0 ** -i for i, s in enumerate((4.0, 0.01, 1.7, 3.99))]
+    with torch.no_grad():
+        together = encoder(encoder.front_end(clips))
+        for row, alone in zip(together, clips):
+            close(row[None], encoder(encoder.front_end(alone[None])), 1e-5)
+    same = encoder.front_end(torch.stack([clips[0], clips[0] * 1e-3]))
+    close(same[1:], encoder.front_end(clips[0][None] * 1e-3), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_long_clip_is_heard_from_its_start_and_said_so(kind):
+    encoder, wave = make_encoder(kind), clip(7.0)
+    with pytest.warns(match="hears the first 4 s"):
+        long = encoder.front_end(wave[None])
+    short = encoder.front_end(wave[None, :64000])
+    if kind == "sslam":  # of a longer clip it has two more frames, where the short one is padded
+        long, short = long[:, :, :398], short[:, :, :398]
+    assert long.equal(short)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_half_precision_listens_in_float32(kind):
+    encoder = make_encoder(kind).eval()
+    features = encoder.front_end(clip(4.0)[None])
+    exact = encoder(features).detach()
+    encoder.bfloat16()
+    rough = encoder.front_end(clip(4.0)[None])
+    assert rough.dtype == torch.float32  # CLAP's bank is rounded along with its weights
+    assert (rough - features).abs().max() < 0.03 if kind == "clap" else rough.equal(features)
+    half = encoder(features).detach()
+    assert half.dtype == torch.bfloat16 and (half - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_silence_is_finite(kind):
+    encoder = make_encoder(kind)
+    assert encoder(encoder.front_end(torch.zeros(1, 64000))).isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------
+# Public checkpoints: each naming scheme, with its published code's outputs
+
+def write_safetensors(path, state):
+    header, at = {}, 0
+    for name, t in state.items():
+        kind = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}[t.dtype]
+        end = at + t.numel() * t.element_size()
+        header[name] = {"dtype": kind, "shape": list(t.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text +
+                     b"".join(t.contiguous().numpy().tobytes() for t in state.values()))
+    return path
+
+
+def hugging_face(folder, state):
+    """A model in two files and their index."""
+    names = sorted(state)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, part in shards.items():
+        write_safetensors(folder / shard, {name: state[name] for name in part})
+    index = {name: shard for shard, part in shards.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+def pickled(path, tree, **settings):
+    torch.save(tree, path, **settings)
+    return path
+
+
+class Config:
+    """An object of the research code, as found in its checkpoints."""
+
+    def __init__(self):
+        self.nested = {"lr": np.float64(1e-3), "names": {"a", "b"}, "me": Path("x")}
+
+
+JUNK = torch.ones(2, 3)
+LEGACY = dict(_use_new_zipfile_serialization=False)
+FORMS = {  # name of the golden file and a form it is published in -> the file
+    "whisper_openai pt": lambda d, s: pickled(d / "a.pt", {
+        "dims": {"n_mels": 80}, "model_state_dict":
+        {f"encoder.{k}": v for k, v in s.items()} | {"decoder.ln.weight": JUNK}}),
+    "whisper_hf folder": lambda d, s: hugging_face(d, {f"model.{k}": v for k, v in s.items()}
+                                                   | {"proj_out.weight": JUNK}),
+    "whisper_hf bin": lambda d, s: pickled(d / "pytorch_model.bin", s, **LEGACY).parent,
+    "whisper_hf encoder": lambda d, s: write_safetensors(d / "a.safetensors", {
+        k.removeprefix("encoder."): v for k, v in s.items() if k.startswith("encoder.")}),
+    "sslam_hf safetensors": lambda d, s: write_safetensors(d / "model.safetensors", s),
+    "sslam_pretrained pt": lambda d, s: pickled(d / "a.pt", {
+        "cfg": Config(), "args": None, "extra_state": {"loss": np.float32(3)},
+        "last_optimizer_state": {"state": {0: {"exp_avg": JUNK}}},
+        "model": s | {"_ema": {"blocks.0.norm1.weight": JUNK},
+                      "modality_encoders.IMAGE.decoder.proj.weight": JUNK}}, **LEGACY),
+    "sslam_finetuned pt": lambda d, s: pickled(d / "a.pt", {
+        "cfg": Config(), "model": s | {"fc_norm.weight": JUNK, "head.weight": JUNK}},
+        pickle_protocol=4),
+    "clap_laion pt": lambda d, s: pickled(d / "a.pt", {
+        "epoch": np.int64(3), "optimizer": {"state": {0: {"exp_avg": JUNK}}},
+        "state_dict": {f"module.{k}": v for k, v in s.items()} | {
+            "module.text_branch.x": JUNK, "module.logit_scale_a": JUNK,
+            "module.audio_projection.0.weight": JUNK,
+            "module.audio_branch.spectrogram_extractor.stft.conv_real.weight": JUNK}}),
+    "clap_laion_base pt": lambda d, s: pickled(d / "a.pt", {"state_dict": s}),
+    "clap_laion_fused pt": lambda d, s: pickled(d / "a.pt", {"state_dict": s}),
+    "clap_microsoft pth": lambda d, s: pickled(d / "a.pth", {"model": s | {
+        "audio_encoder.projection.linear1.weight": JUNK, "caption_encoder.base.x": JUNK}}),
+    "clap_hf safetensors": lambda d, s: write_safetensors(d / "model.safetensors", {
+        f"audio_model.{k}": v for k, v in s.items()} | {"text_model.x": JUNK,
+                                                        "audio_projection.linear1.weight": JUNK}),
+    "clap_hf_fused bin": lambda d, s: pickled(d / "pytorch_model.bin", s).parent,
+}
+
+
+def golden(name):
+    """The stored outputs, and the state dict that they were made with."""
+    data = np.load(Path(__file__).parent / "golden" / f"{name}.npz")
+    state = {n: weight(n, shape) for n, shape in json.loads(str(data["learned"])).items()}
+    state |= {n.removeprefix("fixed:"): data[n] for n in data.files if n.startswith("fixed:")}
+    if "sslam" in name:
+        top = "model." if name == "sslam_hf" else next(
+            n for n in state if n.endswith("extra_tokens")).removesuffix("extra_tokens")
+        state[top + "fixed_positional_encoder.positions"] = sslam_positions(32)
+    return data, {n: torch.from_numpy(np.asarray(x)) for n, x in state.items()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_public_checkpoint_gives_what_its_own_code_gives(form, tmp_path):
+    name, kind = form.split()[0], form.split("_")[0]
+    data, state = golden(name)
+    encoder = load_encoder(kind, FORMS[form](tmp_path, state))
+    seconds = 0.7 if kind == "whisper" else 3.3
+    with torch.no_grad():
+        x = encoder.front_end(torch.from_numpy(sound(seconds, encoder.rate))[None])
+        y = encoder(x)
+    x = x[:, :, ::8] if kind == "whisper" else x[:, :, ::{"sslam": 8, "clap": 32}[kind]]
+    assert np.abs(x.numpy() - data["features"]).max() < 1e-3
+    close(y[:, ::7] if kind == "sslam" else y, data["tokens"], 1e-4)
+
+
+def test_microsoft_without_its_bank_hears_the_same(tmp_path):
+    data, state = golden("clap_microsoft")
+    state = {n: t for n, t in state.items() if "melW" not in n}
+    encoder = load_encoder("clap", pickled(tmp_path / "a.pth", {"model": state}))
+    x = encoder.front_end(torch.from_numpy(sound(3.3, 44100))[None])
+    assert np.abs(x[:, :, ::32].numpy() - data["features"]).max() < 1e-3
+
+
+@pytest.mark.parametrize("name, theirs, ours", [
+    ("whisper_hf", "encoder.layers.1.fc2.bias", "blocks.1.mlp.2.bias"),
+    ("sslam_hf", "model.blocks.1.norm2.weight", "blocks.1.norm2.weight"),
+    ("clap_laion", "audio_branch.layers.3.blocks.0.norm1.bias", "layers.3.blocks.0.norm1.bias"),
+    ("clap_hf", "audio_encoder.layers.0.blocks.1.attention.self.key.bias",
+     "layers.0.blocks.1.attn.qkv.bias"),
+])
+def test_a_missing_misshapen_or_unknown_tensor_is_named(name, theirs, ours, tmp_path):
+    kind, state = name.split("_")[0], golden(name)[1]
+
+    def refusal(changed, *words):
+        with pytest.raises(ValueError) as error:
+            load_encoder(kind, write_safetensors(tmp_path / "x.safetensors", changed))
+        one_line(error, "x.safetensors", kind, *words)
+
+    refusal({n: t for n, t in state.items() if n != theirs}, f"{ours} is missing")
+    refusal(state | {theirs: state[theirs][:-1]}, f"{ours} is")
+    refusal(state | {theirs + ".more": JUNK}, ".more is not known")
+
+
+@pytest.mark.parametrize("form", ["whisper_hf bin", "sslam_hf safetensors", "clap_hf_fused bin"])
+def test_weights_may_be_loaded_at_half_precision(form, tmp_path):
+    name, kind = form.split()[0], form.split("_")[0]
+    data, state = golden(name)
+    encoder = load_encoder(kind, FORMS[form](tmp_path, state), torch.bfloat16)
+    assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
+    seconds = 0.7 if kind == "whisper" else 3.3
+    with torch.no_grad():
+        y = encoder(encoder.front_end(torch.from_numpy(sound(seconds, encoder.rate))[None]))
+    y, theirs = y[:, ::7 if kind == "sslam" else 1].float(), torch.from_numpy(data["tokens"])
+    assert (y - theirs).abs().mean() < 0.03 * theirs.abs().mean()
+
+
+def test_a_table_of_positions_for_longer_clips_is_cut(tmp_path):
+    state = golden("sslam_hf")[1]
+    state["model.fixed_positional_encoder.positions"] = torch.from_numpy(sslam_positions(768))
+    encoder = load_encoder("sslam", write_safetensors(tmp_path / "x.safetensors", state))
+    assert encoder.grid == (64, 8) and encoder.seconds == 10.24
+    assert encoder.front_end(clip(10.0)[None]).shape == (1, 1, 1024, 128)
+
+
+def test_the_mel_bank_that_a_checkpoint_carries_is_the_one_it_hears_with(tmp_path):
+    state = golden("clap_laion")[1]
+    x = clip(10.0, 48000)[None]
+    plain = load_encoder("clap", pickled(tmp_path / "a.pt", state)).front_end(x)
+    state["audio_branch.logmel_extractor.melW"] *= 10
+    louder = load_encoder("clap", pickled(tmp_path / "b.pt", state)).front_end(x)
+    assert (louder - plain - 10).abs().max() < 1e-3  # dB
+
+
+# ---------------------------------------------------------------------------------------------
+# Files that are not what they should be
+
+class Payload:
+    """What a hostile checkpoint holds: unpickling it runs a command."""
+
+    def __init__(self, flag):
+        self.flag = flag
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.flag}",)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_nothing_in_a_checkpoint_is_ever_run(tmp_path, protocol, legacy):
+    flag, path = tmp_path / "ran", tmp_path / "evil.pt"
+    settings = dict(pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
+    tree = {"model": {"w": torch.arange(3.0), "x": Payload(flag)}, Payload(flag): 1,
+            "z": [Payload(flag)]}
+    pickled(path, tree, **settings)
+    assert load_tensors(path)["model.w"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError):
+        load_encoder("whisper", path)
+    assert not flag.exists()
+    torch.load(path, weights_only=False)
+    assert flag.exists()  # the payload was a live one
+
+
+def test_a_payload_where_torch_looks_first(tmp_path):
+    flag = tmp_path / "ran"
+    code = pickle.dumps(Payload(flag), 2)
+    (tmp_path / "a.pt").write_bytes(code)  # in place of a legacy file's magic number
+    with zipfile.ZipFile(tmp_path / "b.pt", "w") as archive:
+        archive.writestr("a/data.pkl", code)
+    for name in "a.pt", "b.pt":
+        with pytest.raises(ValueError) as error:
+            load_tensors(tmp_path / name)
+        one_line(error, name)
+    assert not flag.exists()
+    pickle.loads(code)
+    assert flag.exists()
+
+
+def header(entries, data=bytes(64)):
+    text = json.dumps(entries).encode() if isinstance(entries, dict) else entries
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(start, end, shape, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+FINE = {"a": entry(0, 16, [4]), "b": entry(16, 32, [2, 2])}
+BAD_WEIGHTS = {
+    "100 torch.float32": header({"a": entry(0, 400, [100])}),             # beyond the end
+    "b claims": header({"a": entry(0, 16, [4]), "b": entry(8, 24, [4])}),  # overlapping
+    "c claims": header(FINE | {"c": entry(40, 48, [2])}),                 # a gap
+    "a claims": header({"a": entry(0, 16, [5])}),
+    "(": header({"a": entry(0, 24, [-2, -3])}),
+    "header promises": struct.pack("<Q", 2 ** 62) + b"{" + bytes(20),
+    "F99": header({"a": entry(0, 16, [4], "F99")}),
+    "data_offsets": header({"a": {"dtype": "F32"}}),
+    "column": header(b'{"a": '),
+    "neither": b"Dear reader, these are no weights.",
+    "no weights": b"",
+    "no weights to": b"PK\3\4" + bytes(100),
+    "; fetch": b"\x80\x02." + bytes(100),
+}
+
+
+@pytest.mark.parametrize("why", BAD_WEIGHTS)
+def test_a_damaged_weight_file_is_refused_in_one_line(tmp_path, why):
+    (tmp_path / "a.safetensors").write_bytes(header(FINE))
+    assert load_tensors(tmp_path / "a.safetensors")["b"].shape == (2, 2)
+    (tmp_path / "bad.safetensors").write_bytes(BAD_WEIGHTS[why])
+    with pytest.raises(ValueError) as error:
+        load_tensors(tmp_path / "bad.safetensors")
+    one_line(error, "bad.safetensors", why)
+
+
+@pytest.mark.parametrize("settings", [{}, LEGACY])
+def test_a_file_cut_anywhere_is_refused(tmp_path, settings):
+    raw = pickled(tmp_path / "a.pt", {"a": torch.randn(50), "b": torch.ones(9)}, **settings)
+    raw = raw.read_bytes()
+    for size in range(0, len(raw) - 1, 97):
+        (tmp_path / "b.pt").write_bytes(raw[:size])
+        with pytest.raises(ValueError) as error:
+            load_tensors(tmp_path / "b.pt")
+        one_line(error, "b.pt")
+
+
+def test_a_zip_that_was_packed_again(tmp_path):
+    pickled(tmp_path / "a.pt", {"a": torch.zeros(1000)})
+    with zipfile.ZipFile(tmp_path / "a.pt") as old, \
+            zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(ValueError) as error:
+        load_tensors(tmp_path / "b.pt")
+    one_line(error, "b.pt", "data/0 is compressed")
+
+
+def test_a_storage_that_reaches_beyond_the_file(tmp_path):
+    path = pickled(tmp_path / "a.pt", {"a": torch.zeros(1000)}, **LEGACY)
+    raw = path.read_bytes().replace(struct.pack("<cH", b"M", 1000), struct.pack("<cH", b"M", 9999))
+    path.write_bytes(raw)
+    with pytest.raises(ValueError) as error:
+        load_tensors(path)
+    one_line(error, "a.pt", "9999")
+
+
+@pytest.mark.parametrize("kind, name", [("whisper", "sslam_hf"), ("sslam", "clap_hf"),
+                                        ("clap", "whisper_hf"), ("sslam", "whisper_openai")])
+def test_the_wrong_kind_of_encoder_is_refused(kind, name, tmp_path):
+    path = write_safetensors(tmp_path / "x.safetensors", golden(name)[1])
+    with pytest.raises(ValueError) as error:
+        load_encoder(kind, path)
+    one_line(error, "x.safetensors", f"no {kind} encoder")
+
+
+def test_other_files_without_an_encoder(tmp_path):
+    decoder = {n: t for n, t in golden("whisper_hf")[1].items() if n.startswith("decoder")}
+    assert len(decoder) > 10
+    for path, words in (
+            (write_safetensors(tmp_path / "d.safetensors", decoder), ("no whisper encoder",)),
+            (tmp_path / "absent.pt", ("No such file",)),
+            (tmp_path, ("no weights in this folder",))):
+        with pytest.raises(ValueError) as error:
+            load_encoder("whisper", path)
+        one_line(error, str(path), *words)
+    hugging_face(tmp_path, golden("whisper_hf")[1])
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(ValueError) as error:
+        load_encoder("whisper", tmp_path)
+    one_line(error, "b.safetensors", "No such file")
+
+
+def test_weights_are_views_of_the_file_until_they_are_used(tmp_path):
+    state = {"a": torch.arange(4.0), "b": torch.arange(6.0).view(2, 3).T}
+    for path in (write_safetensors(tmp_path / "x.safetensors", state),
+                 pickled(tmp_path / "x.pt", state)):
+        tensors = load_tensors(path)
+        assert all(torch.equal(tensors[name], state[name]) for name in state)
+        size = path.stat().st_size
+        assert all(t.untyped_storage().nbytes() == size for t in tensors.values())
+        tensors["a"][0] = 7  # a private copy of that page: the file stays as it is
+        assert load_tensors(path)["a"][0] == 0
