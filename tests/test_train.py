@@ -377,7 +377,7 @@ def test_a_bad_base_is_one_line_and_overwrites_nothing(refuses, sounds, earlier,
     ("--out a.wav/x", ["a.wav", "irectory"]),
     ("--base b.pt", ["b.pt"])])
 def test_bad_options_overwrite_nothing(options, words, refuses, sounds, earlier, base):
-    brief = f"--base {base} --clips 2 --batch 2 --steps1 1 --steps2 1 --steps3 1"
+    brief = f"--base {base} --clips 2 --test-clips 2 --batch 2 --steps1 1 --steps2 1 --steps3 1"
     assert len(refuses(words, train, *brief.split(), *options.split())) == 1
 
 
