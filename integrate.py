@@ -166,6 +166,10 @@ class AudioLLM(nn.Module):
         self.encoders.eval()  # frozen means frozen
         return self
 
+    @property
+    def device(self):
+        return self.llm.model.embed_tokens.weight.device
+
     @torch.no_grad()
     def features(self, clips):
         """What the frozen encoders make of some clips, pooled: a list of {kind: (n, De)}.
@@ -178,8 +182,7 @@ class AudioLLM(nn.Module):
         sampled = [{rate: clip(rate) for rate in rates} for clip in clips]
         for kind, encoder in self.encoders.items():
             waves = [s[encoder.rate] for s in sampled]
-            device = next(encoder.parameters()).device
-            front = torch.cat([encoder.front_end(w[None].to(device)) for w in waves])
+            front = torch.cat([encoder.front_end(w[None].to(self.device)) for w in waves])
             for features, wave, tokens in zip(out, waves, encoder(front)):
                 steps = encoder.tokens(len(wave) / encoder.rate)
                 kept = tokens[encoder.extra:][:steps * encoder.grid[1]]
@@ -188,13 +191,12 @@ class AudioLLM(nn.Module):
 
     def segments(self, features):
         """Beginning of text and the audio of a batch, as `run` takes them. features: see above."""
-        device = self.llm.model.embed_tokens.weight.device
-        bos = torch.tensor([[self.tokenizer.bos_id]], device=device)
+        bos = torch.tensor([[self.tokenizer.bos_id]], device=self.device)
         out = [("plits", self.llm.embed(bos), None)]
         for kind, connector in self.connectors.items():
             tokens, lengths = stack([f[kind] for f in features])
-            lengths = None if lengths is None else lengths.to(device)
-            out.append((ROUTES[self.mode][kind], connector(tokens.to(device)), lengths))
+            lengths = None if lengths is None else lengths.to(self.device)
+            out.append((ROUTES[self.mode][kind], connector(tokens.to(self.device)), lengths))
         return out
 
     def forward(self, features, ids):

@@ -367,11 +367,12 @@ class SentencePieceTokenizer:
 
 
 def train_tokenizer(texts, vocab_size):
-    """A SentencePiece tokenizer (unigram, byte fallback) learnt from an iterable of strings."""
+    """A SentencePiece tokenizer (BPE, byte fallback) learnt from an iterable of strings."""
     import sentencepiece
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=out, vocab_size=vocab_size, byte_fallback=True,
+        sentence_iterator=iter(texts), model_writer=out, vocab_size=vocab_size,
+        model_type="bpe", byte_fallback=True,
         character_coverage=1.0, normalization_rule_name="identity", add_dummy_prefix=False,
         remove_extra_whitespaces=False, hard_vocab_limit=False, num_threads=1, minloglevel=2)
     return SentencePieceTokenizer(out.getvalue())

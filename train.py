@@ -261,9 +261,7 @@ PHRASINGS = {
     "first": "Which {unit} comes first?|What is the first {unit}?|Which {unit} do you hear first?",
     "last": "Which {unit} comes last?|What is the last {unit}?|Which {unit} do you hear last?",
     "after": "What comes right after {x}?|Which {unit} follows {x}?|What is next after {x}?",
-    "before": "What comes right before {x}?|Which {unit} is just before {x}?|What precedes {x}?",
-    "present": "Do you hear {x}?|Does the clip contain {x}?|Is {x} in the audio?",
-    "order": "Does {x} come before {y}?|Is {x} before {y}?|Do you hear {x} before {y}?"}
+    "present": "Do you hear {x}?|Does the clip contain {x}?|Is {x} in the audio?"}
 TASKS = {"what": "classification", "who": "classification", "describe": "captioning",
          "words": "transcription"}             # all others are reasoning
 NUMBERS = "zero one two three four five".split()
@@ -285,9 +283,9 @@ def questions(scene, rng):
     def draw(choices):
         return choices[rng.integers(len(choices))]
 
-    def ask(which, output, x="", y=""):
+    def ask(which, output, x=""):
         text = draw(PHRASINGS[which].split("|"))
-        text = text.format(x=x, y=y, unit="syllable" if speech else "sound")
+        text = text.format(x=x, unit="syllable" if speech else "sound")
         asked.append({"task": TASKS.get(which, "reasoning"), "instruction": text,
                       "output": output, "domain": scene["domain"]})
 
@@ -311,17 +309,11 @@ def questions(scene, rng):
         return asked
     ask("first", some[0])
     ask("last", some[-1])
-    # the rest point at an event by its name, so it must be the only one of that name
-    once = [i for i, name in enumerate(names) if names.count(name) == 1]
-    for which, step in (("after", 1), ("before", -1)):
-        known = [i for i in once if 0 <= i + step < len(names)]
-        if known:
-            i = draw(known)
-            ask(which, some[i + step], the[i])
-    if len(once) > 1:
-        i, j = np.sort(rng.choice(once, 2, replace=False))
-        answer = draw(["yes", "no"])
-        ask("order", answer, *((the[i], the[j]) if answer == "yes" else (the[j], the[i])))
+    # the last one points at an event by its name, so it must be the only one of that name
+    once = [i for i, name in enumerate(names[:-1]) if names.count(name) == 1]
+    if once:
+        i = draw(once)
+        ask("after", some[i + 1], the[i])
     return asked
 
 
@@ -378,16 +370,25 @@ def with_ids(model, items):
 # --------------------------------------------------------------------------------- training
 
 def answer_loss(model, features, items):
-    """Mean cross-entropy of the answer's tokens, end of text included, for a batch of items."""
+    """Mean over a batch of questions of the mean cross-entropy of each answer's tokens, end of text
+    included: a yes counts as much as a caption."""
     T = max(len(item["ids"]) for item in items)
     ids = torch.tensor([item["ids"] + [0] * (T - len(item["ids"])) for item in items])
-    answer = torch.tensor([[item["start"] <= t < len(item["ids"]) for t in range(1, T)]
-                           for item in items])
-    device = model.llm.model.embed_tokens.weight.device
-    ids, answer = ids.to(device), answer.to(device)
-    hidden = model([features[item["clip"]] for item in items], ids[:, :-1])  # (B, T-1, D)
-    # only positions whose next token belongs to an answer need logits
-    return F.cross_entropy(model.llm.head(hidden[answer]), ids[:, 1:][answer])
+    weights = torch.tensor([answer_weights(item["start"], len(item["ids"]), T) for item in items])
+    hidden = model([features[item["clip"]] for item in items], ids[:, :-1].to(model.device))
+    return weighted_loss(model.llm, hidden, ids.to(model.device), weights.to(model.device))
+
+
+def answer_weights(start, end, T):
+    """Weights (T,) that sum to one over the answer's tokens, start..end."""
+    return [1 / (end - start) if start <= t < end else 0.0 for t in range(T)]
+
+
+def weighted_loss(llm, hidden, ids, weights):
+    """Cross-entropy of ids (B, T) after hidden states (B, T-1, D), by weights (B, T), mean over B."""
+    chosen = weights[:, 1:] > 0  # only positions whose next token belongs to an answer need logits
+    losses = F.cross_entropy(llm.head(hidden[chosen]), ids[:, 1:][chosen], reduction="none")
+    return (losses * weights[:, 1:][chosen]).sum() / weights.sum()
 
 
 def batches(items, size, dice):
@@ -408,12 +409,14 @@ def schedule(step, steps):
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def set_trained(model, parts):
-    """Let only these parts learn (connectors, llm); returns their parameters."""
+def optimizer_of(model, rates):
+    """AdamW for the parts in `rates` (part: peak learning rate); all other parts stay frozen."""
     model.requires_grad_(False)
-    for part in parts:
+    groups = []
+    for part, lr in rates.items():
         getattr(model, part).requires_grad_(True)
-    return [p for p in model.parameters() if p.requires_grad]
+        groups.append({"params": list(getattr(model, part).parameters()), "lr": lr, "peak": lr})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
 
 
 def lessons(stage, items):
@@ -431,12 +434,11 @@ def train(model, stages, train_set, val_set, o, log):
         if not items:
             print(f"stage {stage.name}: nothing to learn from, left out")
             continue
-        parameters = set_trained(model, stage.trains)
-        optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.01)
-        count = sum(p.numel() for p in parameters)
-        print(f"stage {stage.name}: trains {' and '.join(stage.trains)}, {count:,} parameters, "
-              f"{len(items):,} questions, {stage.steps} steps of {o.batch}, "
-              f"learning rate {stage.lr:g}")
+        optimizer = optimizer_of(model, stage.rates)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        rates = " and ".join(f"{part} at {lr:g}" for part, lr in stage.rates.items())
+        print(f"stage {stage.name}: trains {rates}, {sum(p.numel() for p in parameters):,} "
+              f"parameters, {len(items):,} questions, {stage.steps} steps of {o.batch}")
         model.train()
         supply = batches(items, o.batch, dice)
         bar = tqdm(range(stage.steps), desc=f"stage {stage.name}", leave=False, mininterval=1)
@@ -444,7 +446,7 @@ def train(model, stages, train_set, val_set, o, log):
             chosen = next(supply)
             began = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = stage.lr * schedule(i, stage.steps)
+                group["lr"] = group["peak"] * schedule(i, stage.steps)
             loss = answer_loss(model, features, chosen)
             optimizer.zero_grad()
             loss.backward()
@@ -541,6 +543,7 @@ def peak_memory(device):
 
 # ------------------------------------------------------------- what is known before the joining
 
+WINDOWS = {"whisper": 4, "sslam": 4}  # how many tokens a connector averages into one
 WORDS = {"whisper": SYLLABLES + ["."], "sslam": [*KINDS, *VOICES, "noise", "."]}
 
 
@@ -596,18 +599,40 @@ def teach(kind, o):
 
     def loss_of(step):
         batch = torch.randint(len(fronts), (16,))
-        tokens = encoder(fronts[batch])[:, encoder.extra:]
-        logits = head(tokens).unflatten(1, (T, bands)).mean(2)  # (B, T, words)
-        return F.cross_entropy(logits.flatten(0, 1), truth[batch].flatten())
+        # what a connector will average is to know what sounds at its time, in whichever band
+        logits = head(encoder(fronts[batch])[:, encoder.extra:])  # (B, T * bands, words)
+        logits = logits.unflatten(1, (T, -1, min(bands, WINDOWS[kind]))).mean(3)
+        told = truth[batch][:, :, None].expand(logits.shape[:-1])
+        return F.cross_entropy(logits.flatten(0, 2), told.flatten())
 
     fit(nn.ModuleList([encoder, head]), loss_of, o.hear_steps, 2e-3, f"{kind} learns to hear")
     return encoder, head
 
 
 def diary(s):
-    """What happens in a scene, in words and in order, the way an AudioLLM will get it in tokens."""
-    times = np.arange(0, SECONDS, 0.02)
-    return "".join(" " + word for kind in WORDS for word, _ in groupby(heard(kind, s, times)))
+    """What happens in a scene, in words and in order: what is said, whose voice or which sounds."""
+    middles = [(start + end) / 2 for _, start, end in s["events"]]
+    words = heard("whisper", s, middles) + heard("sslam", s, middles) + heard("sslam", s, [-1])
+    return "".join(" " + word for word, _ in groupby(words))
+
+
+def checklist(s, dice):
+    """Was it there, what came after it: as some questions ask, in the fewest words.
+
+    A word that is answered on the spot teaches to look back for it. From whole sentences, with the
+    answer at their end, a small LLM would learn that only after hours.
+    """
+    names = [name for name, _, _ in s["events"]]
+    every = SYLLABLES if s["domain"] == "speech" else list(KINDS)
+    checks = []
+    for _ in range(4):
+        yes = dice.random() < 0.5
+        x = dice.choice(names if yes else [name for name in every if name not in names])
+        checks.append((f" {x}", " yes" if yes else " no"))
+    once = [i for i, name in enumerate(names[:-1]) if names.count(name) == 1]
+    for i in dice.permutation(once)[:2]:
+        checks.append((f" after {names[i]}", f" {names[i + 1]}"))
+    return checks
 
 
 def read_world(o):
@@ -615,33 +640,33 @@ def read_world(o):
     dice = np.random.default_rng(o.seed)
 
     def page(i):
-        """What happened in scene i, and three questions about it with their answers."""
+        """What happened in scene i; then, in any order, a checklist and two whole questions."""
         s = scene("train", i % 50000, o.seed)
-        asked = dice.permutation(questions(s, dice))[:3]
-        return diary(s), [(q["instruction"] + "\n", " " + q["output"]) for q in asked]
+        asked = [(q["instruction"] + "\n", " " + q["output"])
+                 for q in dice.permutation(questions(s, dice))[:2]]
+        checks = checklist(s, dice)
+        return diary(s), asked + checks if dice.random() < 0.5 else checks + asked
 
-    texts = []
-    for i in range(3000):
-        told, asked = page(i)
-        texts += [told, *(part for pair in asked for part in pair)]
+    pages = [page(i) for i in range(3000)]
+    texts = [text for told, asked in pages for text in (told, *sum(asked, ()))]
     tokenizer = train_tokenizer(texts, LLMConfig.vocab_size)
     llm = LLM(replace(LLMConfig(), vocab_size=tokenizer.vocab_size))
 
     def loss_of(step):
-        rows, learnt = [], []  # only answers are learnt: what happens in a clip is up to the clip
+        rows, weights = [], []  # only answers are learnt: what happens in a clip is up to the clip
         for i in range(24 * step, 24 * step + 24):
             told, asked = page(i)
             row = [tokenizer.bos_id] + tokenizer.encode(told)
-            mask = [False] * len(row)
+            weight = [0.0] * len(row)
             for question, answer in asked:
-                for text, is_answer in ((question, False), (answer, True)):
-                    ids = tokenizer.encode(text) + [tokenizer.eos_id] * is_answer
-                    row, mask = row + ids, mask + [is_answer] * len(ids)
+                end = [tokenizer.eos_id] if question.endswith("\n") else []
+                question, answer = tokenizer.encode(question), tokenizer.encode(answer) + end
+                row += question + answer
+                weight += [0.0] * len(question) + [1 / len(answer)] * len(answer)
             rows.append(torch.tensor(row))
-            learnt.append(torch.tensor(mask))
-        ids, learnt = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, learnt))
-        hidden = llm.model(llm.embed(ids[:, :-1]))
-        return F.cross_entropy(llm.head(hidden[learnt[:, 1:]]), ids[:, 1:][learnt[:, 1:]])
+            weights.append(torch.tensor(weight))
+        ids, weights = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, weights))
+        return weighted_loss(llm, llm.model(llm.embed(ids[:, :-1])), ids, weights)
 
     fit(llm, loss_of, o.read_steps, 3e-3, "the LLM reads")
     return tokenizer, llm
@@ -682,19 +707,18 @@ def load_base(path, mode, windows):
 @dataclass(frozen=True)
 class Stage:
     name: str
-    trains: tuple  # of connectors, llm
+    rates: dict  # part that is trained: its peak learning rate
     tasks: tuple | None  # None: all
     steps: int
-    lr: float
 
 
 def curriculum(o):
     """The paper's three stages in miniature (PAPER: version 1, section on training)."""
     lr = o.lr or LEARNING_RATES[o.mode]
-    closed = ("classification", "reasoning")
-    return (Stage("1", ("connectors",), ("classification",), o.steps1, 3e-3),
-            Stage("2", ("connectors", "llm"), closed, o.steps2, lr),
-            Stage("3", ("connectors", "llm"), None, o.steps3, lr))
+    both = {"connectors": 3 * lr, "llm": lr}  # the connectors are new, the LLM knows something
+    return (Stage("1", {"connectors": 3e-3}, ("classification",), o.steps1),
+            Stage("2", both, ("classification", "reasoning"), o.steps2),
+            Stage("3", both, None, o.steps3))
 
 
 # from a sweep, see the README
@@ -717,7 +741,7 @@ class Options:
     steps1: int = option(150, "steps of stage 1: connectors alone, classification")
     steps2: int = option(400, "steps of stage 2: LLM and connectors, closed questions")
     steps3: int = option(700, "steps of stage 3: LLM and connectors, all questions")
-    lr: float = option(0.0, "peak learning rate of stages 2 and 3 (0: the mode's own)")
+    lr: float = option(0.0, "peak learning rate of the LLM, a third of the connectors' (0: the mode's)")
     device: str = option("auto", "cpu, cuda, mps or auto")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
     read_steps: int = option(1200, "with --prepare: steps of the LLM's reading")
@@ -732,7 +756,7 @@ def main(o):
     if not o.data and (o.val_data or o.audio_root):
         raise ValueError("--val-data and --audio-root say more about --data, which is missing")
     torch.manual_seed(o.seed)
-    model = load_base(o.base, o.mode, {"whisper": 4, "sslam": 4})
+    model = load_base(o.base, o.mode, WINDOWS)
     if o.data:
         train_data = own(o.data, o.audio_root)
         val_data = test_data = own(o.val_data, o.audio_root) if o.val_data else train_data
