@@ -23,7 +23,7 @@ def base(tmp_path_factory):
 def checkpoint(base):
     torch.manual_seed(0)
     path = base.with_name("model.pt")
-    train.load_base(base, "pal", {"whisper": 4, "sslam": 4}).save(path)
+    train.load_base(base, "pal", train.WINDOWS).save(path)
     return path
 
 
