@@ -193,6 +193,7 @@ class Encoder(nn.Module):
     (time steps, frequency bands), time first: token extra + t * bands + f.
     """
     extra = 0
+    source = None  # the public file that the weights came from
 
     def __init__(self, config):
         super().__init__()
@@ -629,6 +630,7 @@ def load_encoder(kind, path, dtype=torch.float32):
         raise ValueError(f"{path}: not quite a {kind} encoder: {', '.join(wrong[:3])}{more}")
     state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
     encoder.load_state_dict(state, assign=True)
+    encoder.source = str(path)
     return encoder.eval()
 
 

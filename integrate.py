@@ -19,15 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from encoders import ENCODERS
+from encoders import ENCODERS, load_encoder
 from model import (LLM, KVCache, LLMConfig, SentencePieceTokenizer, end, place, rotary,
                    rotate)
 
 # A mode is nothing but the route of each encoder, in the order of their tokens.
 ROUTES = {
-    "plits": {"whisper": "plits", "sslam": "plits"},
-    "lal": {"whisper": "lal", "sslam": "lal"},
-    "pal": {"whisper": "plits", "sslam": "lal"},
+    "plits": {"whisper": "plits", "sslam": "plits", "clap": "plits"},
+    "lal": {"whisper": "lal", "sslam": "lal", "clap": "lal"},
+    "pal": {"whisper": "plits", "sslam": "lal", "clap": "lal"},
 }
 
 
@@ -71,7 +71,8 @@ def run(llm, segments, cache=None, layers=None):
     """Lay segments out in order and run what has to run, as one sequence.
 
     segments: (how, tokens (B or 1, N, D), lengths (B,) or None) each, in order of position. how is
-    plits (text comes this way too) or lal; rows shorter than N say so in lengths, the rest is padding.
+    plits (text comes this way too) or lal. Rows shorter than N say so in lengths: the rest is
+    padding.
     cache: where to write; without one, and with nothing to write, the sequence is plain causal.
     Returns the hidden states (B, n, D) of all that ran, in order.
     """
@@ -124,7 +125,7 @@ def lal(llm, ids, audio, layers=None, before=None):
 # ------------------------------------------------------------------------------- connectors
 
 def pool(tokens, window):
-    """Average each `window` tokens of (n, D), and those that are left over: (ceil(n / window), D)."""
+    """Average each `window` tokens of (n, D), and what is left over: (ceil(n / window), D)."""
     return F.avg_pool1d(tokens.T[None].float(), window, ceil_mode=True)[0].T.to(tokens.dtype)
 
 
@@ -166,6 +167,11 @@ class AudioLLM(nn.Module):
         self.encoders.eval()  # frozen means frozen
         return self
 
+    def is_elsewhere(self, name):
+        """Whether this parameter belongs to an encoder that came from a file of its own."""
+        return any(encoder.source and name.startswith(f"encoders.{kind}.")
+                   for kind, encoder in self.encoders.items())
+
     @property
     def device(self):
         return self.llm.model.embed_tokens.weight.device
@@ -186,7 +192,7 @@ class AudioLLM(nn.Module):
             for features, wave, tokens in zip(out, waves, encoder(front)):
                 steps = encoder.tokens(len(wave) / encoder.rate)
                 kept = tokens[encoder.extra:][:steps * encoder.grid[1]]
-                features[kind] = pool(kept, self.windows[kind]).cpu()
+                features[kind] = pool(kept, self.windows[kind]).float().cpu()
         return out
 
     def segments(self, features):
@@ -225,23 +231,40 @@ class AudioLLM(nn.Module):
         return [self.tokenizer.decode(ids).strip() for ids in new]
 
     def save(self, path, **extra):
-        """Write everything to one file, tensors and plain types only; `extra` is kept beside it."""
+        """Write everything to one file, tensors and plain types only; `extra` is kept beside it.
+
+        Of an encoder that came from a file of its own, only where that file lay is kept.
+        """
+        state = {name: t for name, t in self.state_dict().items() if not self.is_elsewhere(name)}
         save_atomically(path, {
             "format": FORMAT, "mode": self.mode, "windows": self.windows,
             "llm": asdict(self.llm.config), "tokenizer": to_bytes(self.tokenizer.proto),
             "encoders": {kind: asdict(e.config) for kind, e in self.encoders.items()},
-            "state": self.state_dict(), **extra})
+            "sources": {kind: e.source for kind, e in self.encoders.items()},
+            "state": state, **extra})
 
     @classmethod
-    def load(cls, path):
-        """The AudioLLM that `save` wrote, in eval mode. ValueError if the file is not one."""
-        saved = load_checkpoint(path, FORMAT)
-        encoders = {kind: ENCODERS[kind](ENCODERS[kind].Config(**config))
-                    for kind, config in saved["encoders"].items()}
+    def load(cls, path, sources=None):
+        """The AudioLLM that `save` wrote, in eval mode. ValueError if the file is not one.
+
+        sources: {kind: path} of encoders' own files that have moved since.
+        """
+        saved, encoders = load_checkpoint(path, FORMAT), {}
+        for kind, config in saved["encoders"].items():
+            config, source = ENCODERS[kind].Config(**config), saved["sources"][kind]
+            if source:
+                encoders[kind] = load_encoder(kind, (sources or {}).get(kind) or source)
+                if encoders[kind].config != config:
+                    raise ValueError(f"{path}: was trained with another {kind}: {config}")
+            else:
+                encoders[kind] = ENCODERS[kind](config)
         tokenizer = SentencePieceTokenizer(from_bytes(saved["tokenizer"]))
         llm = LLM(LLMConfig(**saved["llm"]))
         model = cls(llm, tokenizer, encoders, saved["mode"], saved["windows"])
-        model.load_state_dict(saved["state"])
+        unread = model.load_state_dict(saved["state"], strict=False)
+        missing = [name for name in unread.missing_keys if not model.is_elsewhere(name)]
+        if missing or unread.unexpected_keys:
+            raise ValueError(f"{path}: missing {missing}, surprising {unread.unexpected_keys}")
         return model.eval()
 
 

@@ -43,7 +43,7 @@ class LLMConfig:
     def __post_init__(self):
         H, K = self.num_attention_heads, self.num_key_value_heads
         assert H % K == 0, f"{H} heads cannot share {K} key-value heads evenly"
-        assert self.head_dim % 2 == 0, f"rotary positions need pairs: head_dim {self.head_dim} is odd"
+        assert self.head_dim % 2 == 0, f"head_dim {self.head_dim}: rotary positions turn pairs"
 
 
 # ----------------------------------------------------------------------------------- weight files
@@ -326,7 +326,7 @@ def rotary(positions, config, dtype):
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     i = torch.arange(0, config.head_dim, 2, dtype=exact, device=positions.device)
     angles = positions[..., None].to(exact) * config.rope_theta ** (-i / config.head_dim)
-    angles = torch.cat([angles, angles], dim=-1)[:, :, None]  # (1 or B, T, d/2) -> (1 or B, T, 1, d)
+    angles = torch.cat([angles, angles], dim=-1)[:, :, None]  # (1 or B, T, 1, d)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

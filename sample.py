@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -176,6 +176,9 @@ class Options:
     audio: str = option(None, "the sound file to ask about", required=True)
     prompt: str = option(None, "one question; without it, ask on the terminal")
     ckpt: str = option(None, "checkpoint of train.py; without it, the newest under out/")
+    whisper: str = option(None, "where the Whisper checkpoint that it was trained with is now")
+    sslam: str = option(None, "the same for SSLAM")
+    clap: str = option(None, "the same for CLAP")
     max_new_tokens: int = option(48, "longest answer", low=1, high=4096)
     temperature: float = option(0.0, "0 takes the likeliest token, above 0 samples", high=100)
     top_p: float = option(1.0, "sample among the likeliest tokens of this total probability",
@@ -187,7 +190,7 @@ class Options:
 def main(o):
     wave = load_audio(o.audio, 16000)  # first, as it is quick and the likeliest to be mistaken
     path = o.ckpt or newest_checkpoint()
-    model = AudioLLM.load(path)
+    model = AudioLLM.load(path, {"whisper": o.whisper, "sslam": o.sslam, "clap": o.clap})
     model.to(pick_device(o.device))
     print(f"{path}: mode {model.mode}, encoders {', '.join(model.encoders)}", file=sys.stderr)
     tell_fit(model, [len(wave) / 16000])

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from encoders import load_audio, make_encoder, resample, save_wav
+from encoders import load_audio, load_encoder, make_encoder, resample, save_wav
 from integrate import (ROUTES, AudioLLM, from_bytes, load_checkpoint, run, save_atomically, stack,
                        to_bytes)
 from model import LLM, LLMConfig, SentencePieceTokenizer, train_tokenizer
@@ -410,16 +410,16 @@ def conversation(tokenizer, pairs):
 def answer_loss(model, features, items):
     """Mean over answers of the mean cross-entropy of each one's tokens, for a batch of items."""
     ids = pad([torch.tensor(item["ids"]) for item in items]).to(model.device)
-    weights = pad([torch.tensor(item["weights"]) for item in items]).to(model.device)
+    weights = pad([torch.tensor(item["weights"], dtype=torch.float64) for item in items])
     hidden = model([features[item["clip"]] for item in items], ids[:, :-1])
-    return weighted_loss(model.llm, hidden, ids, weights)
+    return weighted_loss(model.llm, hidden, ids, weights.to(model.device))
 
 
 def weighted_loss(llm, hidden, ids, weights):
     """Cross-entropy of ids (B, T) given hidden states (B, T-1, D), by weights (B, T)."""
     chosen = weights[:, 1:] > 0  # only positions whose next token belongs to an answer need logits
     losses = F.cross_entropy(llm.head(hidden[chosen]), ids[:, 1:][chosen], reduction="none")
-    return (losses * weights[:, 1:][chosen]).sum() / weights.sum()
+    return (losses * weights[:, 1:][chosen].to(losses.dtype)).sum() / weights.sum()
 
 
 def pad(rows):
@@ -578,23 +578,37 @@ def peak_memory(device):
 
 # ------------------------------------------------------------- what is known before the joining
 
-WINDOWS = {"whisper": 4, "sslam": 4}  # how many tokens a connector averages into one
+WINDOWS = {"whisper": 4, "sslam": 4, "clap": 1}  # tokens that a connector averages into one
 WORDS = {"whisper": SYLLABLES + ["."], "sslam": [*KINDS, *VOICES, "noise", "."]}
 
 
 def heard(kind, s, times):
     """What an encoder should hear in scene s at these times, a word each: whisper which syllable,
     sslam which sound or whose voice, and behind them loud noise, or nothing (a dot)."""
+    return [word(kind, s, next((e for e in s["events"] if e[1] <= t < e[2]), None)) for t in times]
+
+
+def word(kind, s, event):
     speech = s["domain"] == "speech"
-    gap = "noise" if kind == "sslam" and s["noise"] > LOUD_NOISE else "."
-    words = []
-    for t in times:
-        name = next((n for n, start, end in s["events"] if start <= t < end), None)
-        if kind == "whisper":
-            words.append(name if speech and name else gap)
-        else:
-            words.append((s["voice"] if speech else name) if name else gap)
-    return words
+    if event and speech:
+        return event[0] if kind == "whisper" else s["voice"]
+    if event and kind == "sslam":
+        return event[0]
+    return "noise" if kind == "sslam" and s["noise"] > LOUD_NOISE else "."
+
+
+def context(kind, s, times):
+    """For each time what is heard, what was and will be heard next to it, and how many events have
+    begun: what an encoder that attends to the whole clip knows, as the real ones do."""
+    rows = []
+    for now, t in zip(heard(kind, s, times), times):
+        before = [e for e in s["events"] if e[2] <= t]
+        after = [e for e in s["events"] if e[1] > t]
+        begun = len(s["events"]) - len(after)
+        names = (now, word(kind, s, before[-1] if before else None),
+                 word(kind, s, after[0] if after else None))
+        rows.append([WORDS[kind].index(name) for name in names] + [begun])
+    return rows
 
 
 def fit(model, loss_of, steps, lr, what):
@@ -613,8 +627,8 @@ def fit(model, loss_of, steps, lr, what):
     model.eval()
 
 
-def teach(kind, o):
-    """A miniature encoder that has learnt to tell what sounds at each of its time steps."""
+def teach(kind, steps, o):
+    """A miniature encoder that has learnt to tell what sounds when: see `context`."""
     encoder, words = make_encoder(kind), WORDS[kind]
     with torch.no_grad():  # or the positions, whose size is fixed, would drown what is heard
         for name, p in encoder.named_parameters():
@@ -628,20 +642,22 @@ def teach(kind, o):
     for i in tqdm(range(o.hear_clips), desc=f"clips for {kind}", mininterval=1):
         s = scene("train", i, o.seed)
         fronts.append(encoder.front_end(torch.from_numpy(render(s))[None]))
-        truth.append([words.index(word) for word in heard(kind, s, times)])
+        truth.append(context(kind, s, times))
     fronts, truth = torch.cat(fronts), torch.tensor(truth)
-    head = nn.Linear(encoder.width, len(words))  # lives only here
+    sizes = (len(words), len(words), len(words), 6)  # now, before, after; begun so far
+    head = nn.Linear(encoder.width, sum(sizes))  # lives only here
 
     def loss_of(step):
         batch = torch.randint(len(fronts), (16,))
         # what a connector will average is to know what sounds at its time, in whichever band
-        logits = head(encoder(fronts[batch])[:, encoder.extra:])  # (B, T * bands, words)
+        logits = head(encoder(fronts[batch])[:, encoder.extra:])  # (B, T * bands, sum(sizes))
         logits = logits.unflatten(1, (T, -1, min(bands, WINDOWS[kind]))).mean(3)
-        told = truth[batch][:, :, None].expand(logits.shape[:-1])
-        return F.cross_entropy(logits.flatten(0, 2), told.flatten())
+        told = truth[batch][:, :, None].expand(*logits.shape[:-1], 4)
+        return sum(F.cross_entropy(part.flatten(0, 2), told[..., i].flatten())
+                   for i, part in enumerate(logits.split(sizes, dim=-1)))
 
-    fit(nn.ModuleList([encoder, head]), loss_of, o.hear_steps, 2e-3, f"{kind} learns to hear")
-    return encoder, head
+    fit(nn.ModuleList([encoder, head]), loss_of, steps, 2e-3, f"{kind} learns to hear")
+    return encoder
 
 
 def diary(s):
@@ -685,7 +701,7 @@ def read_world(o):
         hidden = run(llm, segments)[:, 1 - ids.shape[1]:]
         return weighted_loss(llm, hidden, ids, weights)
 
-    fit(llm, loss_of, o.read_steps, 3e-3, "the LLM reads")
+    fit(llm, loss_of, o.read_steps, 2e-3, "the LLM reads")
     return tokenizer, llm
 
 
@@ -693,7 +709,8 @@ def prepare(o):
     """Make assets/base.pt: what is frozen, or joined, must know something first."""
     torch.manual_seed(o.seed)
     tokenizer, llm = read_world(o)
-    parts = {"llm": llm, "whisper": teach("whisper", o)[0], "sslam": teach("sslam", o)[0]}
+    parts = {"llm": llm, "whisper": teach("whisper", o.hear_steps, o),
+             "sslam": teach("sslam", 2 * o.hear_steps, o)}  # the harder lesson
     half = {name: {k: v.half() for k, v in part.state_dict().items()}
             for name, part in parts.items()}
     save_atomically(o.base, {"format": BASE, "llm_config": asdict(llm.config), "state": half,
@@ -704,8 +721,11 @@ def prepare(o):
 BASE = "prepared parts 1"
 
 
-def load_base(path, mode, windows):
-    """An AudioLLM of the prepared parts, with new connectors."""
+def load_base(path, mode, windows, sources=None):
+    """An AudioLLM of the prepared parts, with new connectors.
+
+    sources: {kind: path} of real encoders, which then take the place of all miniatures.
+    """
     saved = load_checkpoint(path, BASE)
     try:
         llm = LLM(LLMConfig(**saved["llm_config"]))
@@ -716,7 +736,8 @@ def load_base(path, mode, windows):
         raise ValueError(f"{path}: made by another version of this code; make it anew with "
                          f"--prepare ({e})") from None
     tokenizer = SentencePieceTokenizer(from_bytes(saved["tokenizer"]))
-    return AudioLLM(llm, tokenizer, encoders, mode, windows)
+    real = {kind: load_encoder(kind, source) for kind, source in (sources or {}).items() if source}
+    return AudioLLM(llm, tokenizer, real or encoders, mode, windows)
 
 
 # --------------------------------------------------------------------------------------- main
@@ -750,20 +771,23 @@ class Options:
     audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
     out: str = option(None, "folder of the checkpoint and metrics.jsonl (default: out/MODE)")
     base: str = option("assets/base.pt", "the prepared encoders and LLM")
+    whisper: str = option(None, "a public Whisper checkpoint; real encoders replace the miniatures")
+    sslam: str = option(None, "a public SSLAM or EAT checkpoint")
+    clap: str = option(None, "a public CLAP checkpoint")
     seed: int = option(0, "of the world, the connectors and the order of the questions")
-    clips: int = option(1600, "training clips of the listening world", low=1)
+    clips: int = option(2400, "training clips of the listening world", low=1)
     test_clips: int = option(200, "test clips of the listening world, about nine questions each",
                              low=1)
     batch: int = option(32, "questions a step", low=1)
-    steps1: int = option(150, "steps of stage 1: connectors alone, classification")
-    steps2: int = option(400, "steps of stage 2: LLM and connectors, closed questions")
-    steps3: int = option(700, "steps of stage 3: LLM and connectors, all questions")
-    lr: float = option(0.0, "peak learning rate of the LLM, a third of the connectors' (0: the mode's)")
+    steps1: int = option(200, "steps of stage 1: connectors alone, classification")
+    steps2: int = option(500, "steps of stage 2: LLM and connectors, closed questions")
+    steps3: int = option(1500, "steps of stage 3: LLM and connectors, all questions")
+    lr: float = option(0.0, "peak rate of the LLM, a third of the connectors' (0: the mode's own)")
     device: str = option("auto", "cpu, cuda, mps or auto")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
-    read_steps: int = option(1200, "with --prepare: steps of the LLM's reading")
+    read_steps: int = option(2000, "with --prepare: steps of the LLM's reading")
     hear_clips: int = option(3000, "with --prepare: clips the encoders learn from", low=1)
-    hear_steps: int = option(600, "with --prepare: steps of each encoder")
+    hear_steps: int = option(750, "with --prepare: steps of Whisper, and half of SSLAM's")
 
 
 def main(o):
@@ -773,7 +797,8 @@ def main(o):
     if not o.data and (o.val_data or o.audio_root):
         raise ValueError("--val-data and --audio-root say more about --data, which is missing")
     torch.manual_seed(o.seed)
-    model = load_base(o.base, o.mode, WINDOWS)
+    sources = {kind: getattr(o, kind) for kind in WINDOWS}
+    model = load_base(o.base, o.mode, WINDOWS, sources)
     if o.data:
         train_data = own(o.data, o.audio_root)
         val_data = test_data = own(o.val_data, o.audio_root) if o.val_data else train_data

@@ -168,7 +168,7 @@ def test_nothing_to_continue_is_said():
 
 def test_tokenizer_gives_every_text_back(tmp_path):
     tokenizer = train_tokenizer([f"a siren and {n} drums." for n in range(100)], 320)
-    for text in ("a siren", "  two  spaces ", "new: Ünïcödé 猫 🎧\n\ttab", "", "</s> <s> <unk>"):
+    for text in ("a siren", "  two  spaces ", "new: Ü猫🎧\n\ttab", "", "</s> <s> <unk>"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.eos_id not in tokenizer.encode("</s>")
     (tmp_path / "t.model").write_bytes(tokenizer.proto)
