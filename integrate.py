@@ -11,6 +11,7 @@ read something keeps only its keys and values, so a model can hear by having its
 Positions follow one layout in every mode: beginning of text, whisper, sslam, clap, then the
 question and its answer. Try:  python train.py --mode lal
 """
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -187,7 +188,8 @@ class AudioLLM(nn.Module):
         rates = {encoder.rate for encoder in self.encoders.values()}
         sampled = [{rate: clip(rate) for rate in rates} for clip in clips]
         for kind, encoder in self.encoders.items():
-            waves = [s[encoder.rate] for s in sampled]
+            window = math.ceil(encoder.seconds * encoder.rate)
+            waves = [s[encoder.rate][:window] for s in sampled]
             front = torch.cat([encoder.front_end(w[None].to(self.device)) for w in waves])
             for features, wave, tokens in zip(out, waves, encoder(front)):
                 steps = encoder.tokens(len(wave) / encoder.rate)
