@@ -299,9 +299,8 @@ def questions(scene, rng):
         ask("describe", f'{who} says {" ".join(names)}.'.capitalize())
         ask("words", " ".join(names))
     else:
-        ending = ", in loud noise." if scene["noise"] > LOUD_NOISE else "."
         ask("what", " and ".join(", ".join(some).rsplit(", ", 1)))
-        ask("describe", (", then ".join(some) + ending).capitalize())
+        ask("describe", ", then ".join(some).capitalize() + ".")
     ask("count", NUMBERS[len(names)])
     absent = draw([name for name in (SYLLABLES if speech else KINDS) if name not in names])
     answer = draw(["yes", "no"])
@@ -451,7 +450,7 @@ def optimizer_of(model, rates):
     for part, lr in rates.items():
         getattr(model, part).requires_grad_(True)
         groups.append({"params": list(getattr(model, part).parameters()), "lr": lr, "peak": lr})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05)
 
 
 def lessons(stage, items):
@@ -775,7 +774,7 @@ class Options:
     sslam: str = option(None, "a public SSLAM or EAT checkpoint")
     clap: str = option(None, "a public CLAP checkpoint")
     seed: int = option(0, "of the world, the connectors and the order of the questions")
-    clips: int = option(2400, "training clips of the listening world", low=1)
+    clips: int = option(4000, "training clips of the listening world", low=1)
     test_clips: int = option(200, "test clips of the listening world, about nine questions each",
                              low=1)
     batch: int = option(32, "questions a step", low=1)

@@ -174,8 +174,7 @@ def right_answer(scene, instruction):
         if speech:
             return f"A {scene['voice']} says {' '.join(names)}."
         text = ", then ".join(a(n) for n in names)
-        noisy = ", in loud noise" if scene["noise"] > -19 else ""
-        return text[0].upper() + text[1:] + noisy + "."
+        return text[0].upper() + text[1:] + "."
     if {"said", "transcribe"} & set(words):
         return " ".join(names)
     assert "what" in words
