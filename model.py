@@ -5,14 +5,25 @@ what sees what: a query sees every key whose position is not after its own. Try:
 
     python -c "from model import *; llm = LLM(LLMConfig()); print(llm.generate([1, 2, 3], 5))"
 
+LLM.from_pretrained(folder) reads Llama 2, Llama 3.2, Qwen2.5 and SmolLM2, load_tokenizer(folder)
+their tokenizers.
+
 Letters in shapes: B batch, T new tokens, S all tokens so far, D width, H heads, K key-value heads,
 d head width, V vocabulary.
 """
+import functools
 import io
+import json
 import math
+import pickle
+import re
+import struct
+import unicodedata
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -34,11 +45,252 @@ class LLMConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = True
     qkv_bias: bool = False
+    rope_scaling: dict = None  # of Llama 3: the four numbers that `rotary` reads
 
     def __post_init__(self):
         H, K = self.num_attention_heads, self.num_key_value_heads
         assert H % K == 0, f"{H} heads cannot share {K} key-value heads evenly"
         assert self.head_dim % 2 == 0, f"rotary positions need pairs: head_dim {self.head_dim} is odd"
+
+
+# ------------------------------------------------------------------------------------ weight files
+
+# torch's types by their names in .safetensors, and by those of their storages in .pt
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+          "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+          "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32,
+            "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+            "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
+            "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
+           "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def load_tensors(path):
+    """
+    Read a weight file, or a Hugging Face folder of one or several, as a flat {name: tensor}.
+
+    Safetensors and torch.save's files (zip or legacy, also what weights_only=True refuses) are
+    told apart by their content; dicts inside dicts are joined by dots: "model.blocks.0.bias".
+    Tensors are views of the memory-mapped file, read when used; no code in a file is ever run.
+    Raises ValueError, one line, for a file that is missing, damaged or something else.
+    """
+    path, tensors = Path(path), {}
+    if path.is_dir():
+        found = [path / name for name in WEIGHTS if (path / name).exists()]
+        if not found:
+            raise ValueError(f"{path}: no weights in this folder; wanted {' or '.join(WEIGHTS)}")
+        path = found[0]
+    try:
+        files = [path]
+        if path.suffix == ".json":  # the index of a model in several files
+            names = json.loads(path.read_text())["weight_map"].values()
+            files = [path.parent / name for name in sorted(set(names))]
+        for path in files:
+            file = MappedFile(path)
+            magic = file.data[:9].numpy().tobytes()
+            if magic[8:] == b"{":
+                tensors.update(read_safetensors(file))
+            elif magic[:4] == b"PK\3\4":
+                tensors.update(read_zip(file))
+            elif magic[:1] == b"\x80":
+                tensors.update(read_legacy(file))
+        if not tensors:
+            raise ValueError("neither safetensors nor made by torch.save, or without a tensor")
+        return tensors
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except Exception as error:  # whatever a damaged or hostile file may lead to
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: no weights to be read ({reason}); fetch it again") from None
+
+
+class MappedFile:
+    """A file as a tensor of bytes that are read when they are used."""
+
+    def __init__(self, path):
+        self.path = path
+        self.data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+
+    def values(self, start, dtype, count):
+        """
+        `count` values of `dtype` from byte `start`: a map of their own, so that the memory of one
+        tensor is free when it is dropped; or read now if not aligned.
+        """
+        size = count * dtype.itemsize
+        if min(start, count) < 0 or start + size > len(self.data):
+            raise ValueError(f"{len(self.data)} bytes, where {count} {dtype} should be at {start}")
+        if size == 0:
+            return torch.empty(0, dtype=dtype)
+        if start % dtype.itemsize:
+            return torch.from_numpy(np.fromfile(self.path, "u1", size, offset=start)).view(dtype)
+        part = np.memmap(self.path, "u1", "c", start, size)  # copy on write: the file stays whole
+        return torch.from_numpy(part).view(dtype)
+
+
+def read_safetensors(file):
+    """u64 header length; the header, {name: {dtype, shape, data_offsets}} in JSON; the values."""
+    first = 8 + int.from_bytes(file.data[:8].numpy().tobytes(), "little")
+    if first > len(file.data):
+        raise ValueError(f"its header promises {first} bytes, and it has {len(file.data)}")
+    header = json.loads(file.data[8:first].numpy().tobytes())
+    header.pop("__metadata__", None)
+    tensors, reached = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (start, end), shape, dtype = entry["data_offsets"], entry["shape"], DTYPES[entry["dtype"]]
+        count = math.prod(shape)
+        if start != reached or end - start != count * dtype.itemsize:  # no gaps, no overlaps
+            raise ValueError(f"{name} claims bytes {start} to {end} for {shape} {dtype}")
+        tensors[name], reached = file.values(first + start, dtype, count).reshape(shape), end
+    return tensors
+
+
+class Inert(dict):
+    """Stands in for any object that a file asks for: holds its state, does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def __setstate__(self, state):
+        self.update(state if isinstance(state, dict) else {})
+
+    def ignore(self, *args, **kwargs):
+        return Inert()
+
+    __call__ = append = extend = add = ignore
+    __hash__ = object.__hash__
+
+
+class Note(tuple):
+    """What a pickle says of a tensor: its storage, offset, size and stride."""
+
+
+class TensorUnpickler(pickle.Unpickler):
+    """
+    Knows torch's names for types of numbers and for putting a tensor together. Every other name
+    in a file means Inert, so nothing that could act is within its reach, whatever the file says.
+    """
+
+    def __init__(self, stream):
+        super().__init__(stream, encoding="latin1")
+        self.dtypes = {}  # of each storage, by its key
+
+    def find_class(self, module, name):
+        if module.split(".")[0] == "torch" and name in STORAGES:
+            return STORAGES[name]
+        if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
+            return lambda *about: Note(about[:4])
+        if module == "torch._utils" and name == "_rebuild_parameter":
+            return lambda tensor, *about: tensor
+        return Inert
+
+    def persistent_load(self, storage):  # ("storage", dtype, key, device, count, ...)
+        self.dtypes[storage[2]] = storage[1]
+        return storage
+
+
+def read_zip(file):
+    """torch.save since 2020: a zip of ROOT/data.pkl and, for each storage, ROOT/data/KEY."""
+    start = {}
+    with zipfile.ZipFile(file.path) as archive:
+        pickled, = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        tree = TensorUnpickler(archive.open(pickled)).load()
+        folder = pickled.removesuffix(".pkl") + "/"
+        for item in archive.infolist():
+            if item.filename.startswith(folder):
+                if item.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"{item.filename} is compressed")
+                lengths = struct.unpack_from("<HH", file.data.numpy(), item.header_offset + 26)
+                start[item.filename.removeprefix(folder)] = item.header_offset + 30 + sum(lengths)
+    return tensors_in(tree, file, start)
+
+
+def read_legacy(file):
+    """torch.save before: three pickles about the format, one of the tree, one of the keys of the
+    storages; then the storages in that order, each after an int64 count."""
+    with open(file.path, "rb") as stream:
+        for _ in range(3):
+            TensorUnpickler(stream).load()
+        reader = TensorUnpickler(stream)
+        tree, keys = reader.load(), TensorUnpickler(stream).load()
+        at = stream.tell()
+    start = {}
+    for key in keys:
+        start[key] = at + 8
+        at += 8 + file.values(at, torch.int64, 1).item() * reader.dtypes[key].itemsize
+    return tensors_in(tree, file, start)
+
+
+def tensors_in(tree, file, start, prefix=""):
+    """Flatten nested dicts, and make of each Note in them its tensor; `start` says where
+    each storage's bytes begin."""
+    tensors = {}
+    for name, node in tree.items():
+        if isinstance(node, dict):
+            tensors.update(tensors_in(node, file, start, f"{prefix}{name}."))
+        elif isinstance(node, Note):
+            (_, dtype, key, _, count, *_), offset, size, stride = node
+            values = file.values(start[key], dtype, count)
+            tensors[f"{prefix}{name}"] = values.as_strided(
+                size, stride, values.storage_offset() + offset)
+    return tensors
+
+
+def read_json(path):
+    """The object in a JSON file. ValueError, one line, if there is none."""
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); fetch it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: a JSON {type(found).__name__}, not an object; fetch it again")
+    return found
+
+
+# Do q, k and v have a bias? And the settings that change what a model computes: all that we can do.
+ARCHITECTURES = {"LlamaForCausalLM": False, "Qwen2ForCausalLM": True}
+ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1,
+        "use_sliding_window": False, "quantization_config": None}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads")
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def read_config(folder):
+    """The LLMConfig of a Hugging Face folder. ValueError for all that we would compute wrongly."""
+    path = Path(folder) / "config.json"
+    c = read_json(path)
+    name = (c.get("architectures") or [c.get("model_type")])[0]
+    if name not in ARCHITECTURES:
+        raise ValueError(f"{path}: {name} is not an architecture known here, which are "
+                         f"{', '.join(ARCHITECTURES)}")
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # the newer name, the older
+    for setting, value, known in [
+            ("rope type", rope.get("rope_type", rope.get("type")), ("default", "llama3", None)),
+            *((setting, (rope | c).get(setting), (only, None)) for setting, only in ONLY.items())]:
+        if value not in known:
+            raise ValueError(f"{path}: {setting} {value!r} is not supported, only {known[:-1]}")
+    try:
+        H = c["num_attention_heads"]
+        sizes = {size: c[size] for size in SIZES}
+        sizes["num_key_value_heads"] = c.get("num_key_value_heads") or H
+        sizes["head_dim"] = c.get("head_dim") or c["hidden_size"] // H
+        for size, value in sizes.items():
+            assert type(value) is int and value > 0, f"{size} is {value!r}"
+        scaled = rope.get("rope_type", rope.get("type")) == "llama3"
+        return LLMConfig(
+            **sizes, qkv_bias=ARCHITECTURES[name],
+            rms_norm_eps=float(c.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
+            rope_scaling={key: float(rope[key]) for key in LLAMA3} if scaled else None,
+            tie_word_embeddings=bool(c.get("tie_word_embeddings")))
+    except KeyError as error:
+        raise ValueError(f"{path}: it does not say {error}; fetch it again") from None
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}; fetch it again") from None
 
 
 # ---------------------------------------------------------------------------- positions and cache
@@ -137,19 +389,28 @@ def visibility(queries, keys, dtype):
 
 
 def rotary(positions, config, dtype):
-    """cos and sin (1 or B, T, 1, d) of the angles position * theta^(-2i/d), i < d/2, twice."""
+    """cos and sin (1 or B, T, 1, d) of the angles position * theta^(-2i/d), i < d/2, twice.
+
+    The first half of sin is negative, ready for `rotate`. Llama 3 slows down by `factor` the pairs
+    that turned fewer than low_freq_factor times in the context it was first trained on, leaves
+    alone those that turned more than high_freq_factor times, and blends in between.
+    """
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     i = torch.arange(0, config.head_dim, 2, dtype=exact, device=positions.device)
-    angles = positions[..., None].to(exact) * config.rope_theta ** (-i / config.head_dim)
-    angles = torch.cat([angles, angles], dim=-1)[:, :, None]  # (1 or B, T, d/2) -> (1 or B, T, 1, d)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    speed = config.rope_theta ** (-i / config.head_dim)
+    if config.rope_scaling:
+        factor, low, high, context = (config.rope_scaling[key] for key in LLAMA3)
+        keep = ((context * speed / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        speed = speed * (keep + (1 - keep) / factor)
+    angles = (positions[..., None].to(exact) * speed)[:, :, None]  # (1 or B, T, 1, d/2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, rope):
     """Turn each pair (x[i], x[i + d/2]) of x (B, T, heads, d) by its position's angle."""
     cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 # ------------------------------------------------------------------------------------- the decoder
@@ -175,7 +436,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
     def heads(self, x):
-        return x.unflatten(-1, (-1, self.head_dim))  # (B, T, heads * d) -> (B, T, heads, d)
+        B, T, width = x.shape
+        return x.view(B, T, width // self.head_dim, self.head_dim)  # (B, T, heads, d)
 
     def forward(self, x, rope, mask, cache, layer):
         q = rotate(self.heads(self.q_proj(x)), rope)
@@ -277,6 +539,33 @@ class LLM(nn.Module):
             nn.init.normal_(module.self_attn.o_proj.weight, std=std)
             nn.init.normal_(module.mlp.down_proj.weight, std=std)
 
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+        """A Llama or Qwen2 from a Hugging Face folder, in eval mode: config.json and weights.
+
+        Each tensor goes straight from the file to its dtype and device; what has them already
+        stays a map of the file. ValueError, one line, for whatever does not fit.
+        """
+        with torch.device("meta"):
+            llm = cls(read_config(folder))
+        # Old Llamas store their rotary speeds, and some tied models their embedding twice.
+        unused = r".*rotary_emb\.inv_freq" + "|lm_head.weight" * llm.config.tie_word_embeddings
+        tensors = {name: tensor for name, tensor in load_tensors(folder).items()
+                   if not re.fullmatch(unused, name)}
+        wanted = llm.state_dict()
+        for names, what in ((wanted.keys() - tensors.keys(), "is missing"),
+                            (tensors.keys() - wanted.keys(), "does not belong to it")):
+            if names:
+                raise ValueError(f"{folder}: {', '.join(sorted(names))} {what}")
+        for name, want in wanted.items():
+            shape = tensors[name].shape
+            if shape != want.shape or not tensors[name].is_floating_point():
+                raise ValueError(f"{folder}: {name} is {tensors[name].dtype} {list(shape)}, and its "
+                                 f"config.json asks for floats {list(want.shape)}")
+        llm.load_state_dict({name: tensors.pop(name).to(device, dtype) for name in wanted},
+                            assign=True)
+        return llm.eval()
+
     def embed(self, ids):
         return self.model.embed_tokens(ids)  # (B, T) -> (B, T, D)
 
@@ -295,7 +584,7 @@ class LLM(nn.Module):
         embeds = self.embed(ids) if embeds is None else embeds
         return self.head(self.model(embeds, positions, cache))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, ids, max_new_tokens, temperature=0.0, top_p=1.0, cache=None, rows=None,
                  eos_id=None, seed=None, on_token=None):
         """Continue one prompt (a list of ids) or a batch of them (a list of lists, or (B, T)).
@@ -365,6 +654,154 @@ class SentencePieceTokenizer:
     def decode(self, ids):
         return self.pieces.decode(list(ids))
 
+    def chat(self, question, system=""):
+        """See BPETokenizer.chat; this is the format of Llama 2."""
+        system = f"<<SYS>>\n{system.strip()}\n<</SYS>>\n\n" if system else ""
+        return [self.bos_id], self.encode(f"[INST] {system}{question.strip()} [/INST]")
+
+
+# How a text is cut before BPE. GPT-2 (SmolLM2 too, after cutting out each digit), Llama 3, Qwen2.
+GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+LLAMA = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN = LLAMA.replace("{1,3}", "")
+
+# GPT-2's visible letter for every byte: itself, or one from U+0100 on; and the way back.
+SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+LETTERS = {b: chr(b) for b in SEEN}
+LETTERS |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in SEEN)}
+BYTES = {ord(letter): b for b, letter in LETTERS.items()}
+
+# A family's chat, told by one of its tokens: how it starts, and how a turn opens and closes.
+CHATS = {
+    "<|start_header_id|>": ("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n",
+                            "<|eot_id|>"),
+    "<|im_start|>": ("", "<|im_start|>{}\n", "<|im_end|>\n"),
+}
+
+
+@functools.cache
+def members(kind):
+    """The inside of a `re` set: letters (L), numbers (N) or Unicode's white space (s)."""
+    def inside(c):
+        if kind == "s":
+            return chr(c).isspace() and not 28 <= c <= 31  # which only Python counts as white space
+        return unicodedata.category(chr(c))[0] == kind
+
+    inside = [inside(c) for c in range(0x40000)]  # there are none in the planes above
+    edges = [c for c in range(len(inside)) if inside[c] != inside[c - 1]]
+    return "".join(f"\\U{a:08x}-\\U{b - 1:08x}" for a, b in zip(edges[::2], edges[1::2]))
+
+
+@functools.cache
+def cutter(pattern):
+    r"""The compiled `re` of a pattern with \p{L}, \p{N} and Unicode's \s, which Python's has not."""
+    parts = re.split(r"(\[.*?\])", pattern.replace(r"\S", r"[^\s]"))  # every second one is a set
+    parts[::2] = [re.sub(r"\\p\{.\}|\\s", r"[\g<0>]", part) for part in parts[::2]]
+    return re.compile(re.sub(r"\\p\{(.)\}|\\s", lambda m: members(m[1] or "s"), "".join(parts)))
+
+
+def cuts(step):
+    """The patterns by which a tokenizer.json's pre-tokenizer cuts text, one after another."""
+    kind = step["type"]
+    if kind == "Sequence" and step["pretokenizers"][-1]["type"] == "ByteLevel":
+        return [pattern for part in step["pretokenizers"] for pattern in cuts(part)]
+    if kind == "Digits" and step["individual_digits"]:
+        return [r"\p{N}|[^\p{N}]+"]
+    if kind == "ByteLevel" and not step["add_prefix_space"]:
+        return [GPT2] if step.get("use_regex", True) else []
+    if kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        if step["pattern"].get("Regex") in (LLAMA, QWEN):
+            return [step["pattern"]["Regex"]]
+    raise ValueError(f"its pre-tokenizer {json.dumps(step)} is not known here")
+
+
+class BPETokenizer:
+    """Byte-level BPE: text is cut into pieces, a piece is its UTF-8 bytes, written as letters, and
+    neighbours are merged in the order in which the merges were learnt.
+
+    spec: what a tokenizer.json holds, and under bos_id and eos_id what config.json says of them.
+    """
+
+    def __init__(self, spec):
+        self.spec, model, added = spec, spec["model"], spec.get("added_tokens") or []
+        if model["type"] != "BPE" or (spec.get("normalizer") or {"type": "NFC"})["type"] != "NFC":
+            raise ValueError("only BPE is known here, with the normalizer NFC or none")
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+            if model.get(key):
+                raise ValueError(f"its {key} {model[key]!r} is not known here")
+        self.normalize = bool(spec.get("normalizer"))
+        self.cutters = [cutter(pattern) for pattern in cuts(spec["pre_tokenizer"])]
+        self.ignore_merges = model.get("ignore_merges", False)
+        self.added = {token["content"]: token["id"] for token in added}
+        special = {token["content"] for token in added if token["special"]}
+        self.vocab = {token: i for token, i in model["vocab"].items() if token not in special}
+        merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+        self.ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
+        lost = {a + b for a, b in self.ranks} - self.vocab.keys()
+        if lost:
+            raise ValueError(f"its vocabulary lacks {len(lost)} tokens, {min(lost)!r} for one")
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self.finder = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        self.texts = {i: token for token, i in self.vocab.items()}
+        self.texts |= {i: letters(token) for token, i in self.added.items() if token not in special}
+        self.bos_id, self.eos_id = spec.get("bos_id"), spec.get("eos_id")
+        self.vocab_size = 1 + max(*self.added.values(), *self.vocab.values())
+        self.merge = functools.lru_cache(1 << 16)(self.merge)
+
+    @property
+    def proto(self):
+        return json.dumps(self.spec).encode()  # for read_tokenizer
+
+    def encode(self, text, special=False):
+        """Ids of a text. Only with `special` does what is spelt like a special token become one."""
+        ids = []
+        for part in self.finder.split(text) if special else [text]:
+            if special and part in self.added:
+                ids.append(self.added[part])
+                continue
+            pieces = [unicodedata.normalize("NFC", part) if self.normalize else part]
+            for cut in self.cutters:
+                pieces = [piece for whole in pieces for piece in cut.findall(whole)]
+            for piece in pieces:
+                ids += self.merge(letters(piece))
+        return ids
+
+    def merge(self, piece):
+        """Ids of a piece, written in letters: while there are pairs known, merge the one learnt first."""
+        if self.ignore_merges and piece in self.vocab:
+            return [self.vocab[piece]]
+        parts, last = [letter for letter in piece if letter in self.vocab], len(self.ranks)
+        while len(parts) > 1:
+            a, b = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, last))
+            if (a, b) not in self.ranks:
+                break
+            spaced = "".join(f" {part} " for part in parts)  # no letter is a space
+            parts = spaced.replace(f" {a}  {b} ", f" {a}{b} ").split()
+        return [self.vocab[part] for part in parts]
+
+    def decode(self, ids):
+        """The text of ids, without special tokens; what is not UTF-8 becomes U+FFFD."""
+        text = "".join(self.texts.get(i, "") for i in ids)
+        return text.translate(BYTES).encode("latin-1").decode("utf-8", "replace")
+
+    def chat(self, question, system=""):
+        """The ids of a chat that asks a question, in two parts: what goes before it (and before the
+        audio that it is about), and the question with what makes the model answer."""
+        for token, (start, opening, closing) in CHATS.items():
+            if token in self.added:
+                own = functools.partial(self.encode, special=True)  # never for what others wrote
+                before = own(start)
+                if system:
+                    before += own(opening.format("system")) + self.encode(system.strip()) + own(closing)
+                return before + own(opening.format("user")), (
+                    self.encode(question.strip()) + own(closing + opening.format("assistant")))
+        raise ValueError(f"this tokenizer has no chat: none of the tokens {', '.join(CHATS)}")
+
+
+def letters(text):
+    return text.encode().decode("latin-1").translate(LETTERS)
+
 
 def train_tokenizer(texts, vocab_size):
     """A SentencePiece tokenizer (unigram, byte fallback) learnt from an iterable of strings."""
@@ -377,11 +814,39 @@ def train_tokenizer(texts, vocab_size):
     return SentencePieceTokenizer(out.getvalue())
 
 
+def read_tokenizer(proto):
+    """The tokenizer whose `proto` (bytes) this is: a SentencePiece .model file, or a BPE in JSON."""
+    if proto[:1] == b"{":
+        return BPETokenizer(json.loads(proto))
+    return SentencePieceTokenizer(proto)
+
+
 def load_tokenizer(path):
-    """The tokenizer in a SentencePiece .model file. ValueError if it cannot be used."""
+    """The tokenizer in a .model file, a tokenizer.json, or a folder with one of them.
+
+    If there is a config.json beside it, its bos_id and eos_id are what that says. ValueError, one
+    line, if it cannot be used, or not with that config's vocabulary.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.model", "tokenizer.json")]
+        path = found[0] if found[0].exists() else found[1]
+    beside = path.with_name("config.json")
+    config = read_json(beside) if beside.exists() else {}
+    spec = read_json(path) if path.suffix == ".json" else None
     try:
-        return SentencePieceTokenizer(Path(path).read_bytes())
-    except OSError as e:
-        raise ValueError(f"{path}: cannot read the tokenizer ({e.strerror})") from None
-    except RuntimeError:
-        raise ValueError(f"{path}: not a SentencePiece .model file") from None
+        for key in ("bos", "eos") if spec else ():
+            ids = config.get(f"{key}_token_id")
+            spec[f"{key}_id"] = ids[-1] if isinstance(ids, list) else ids  # the last ends a turn
+        tokenizer = BPETokenizer(spec) if spec else SentencePieceTokenizer(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the tokenizer ({error.strerror})") from None
+    except KeyError as error:
+        raise ValueError(f"{path}: not a usable tokenizer, it has no {error}") from None
+    except Exception as error:  # whatever a damaged file may lead to
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a usable tokenizer ({reason})") from None
+    if tokenizer.vocab_size > config.get("vocab_size", tokenizer.vocab_size):
+        raise ValueError(f"{path}: {tokenizer.vocab_size} tokens, and {beside} says "
+                         f"{config['vocab_size']}: they do not belong together")
+    return tokenizer
