@@ -250,12 +250,10 @@ def read_json(path):
     return found
 
 
-# Do q, k and v have a bias? And the settings that change what a model computes: all that we can do.
+# Whether q, k and v have a bias; and the settings that change results, as they must be.
 ARCHITECTURES = {"LlamaForCausalLM": False, "Qwen2ForCausalLM": True}
-ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1,
-        "use_sliding_window": False, "quantization_config": None}
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads")
+ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+        "partial_rotary_factor": 1, "use_sliding_window": False, "quantization_config": None}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -263,34 +261,36 @@ def read_config(folder):
     """The LLMConfig of a Hugging Face folder. ValueError for all that we would compute wrongly."""
     path = Path(folder) / "config.json"
     c = read_json(path)
-    name = (c.get("architectures") or [c.get("model_type")])[0]
-    if name not in ARCHITECTURES:
-        raise ValueError(f"{path}: {name} is not an architecture known here, which are "
-                         f"{', '.join(ARCHITECTURES)}")
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # the newer name, the older
-    for setting, value, known in [
-            ("rope type", rope.get("rope_type", rope.get("type")), ("default", "llama3", None)),
-            *((setting, (rope | c).get(setting), (only, None)) for setting, only in ONLY.items())]:
-        if value not in known:
-            raise ValueError(f"{path}: {setting} {value!r} is not supported, only {known[:-1]}")
     try:
+        name = c["architectures"][0]
+        if name not in ARCHITECTURES:
+            raise ValueError(f"the architecture {name} is not one of {', '.join(ARCHITECTURES)}")
+        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # the newer name, the older
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise ValueError(f"the rope type {kind} is neither default nor llama3")
+        for setting, only in ONLY.items():
+            value = (c | rope).get(setting, only)
+            if value not in (only, None):
+                raise ValueError(f"{setting} is {value!r}, and only {only!r} can be computed here")
+        sizes = {size: c[size] for size in ("vocab_size", "hidden_size", "intermediate_size",
+                                            "num_hidden_layers", "num_attention_heads")}
         H = c["num_attention_heads"]
-        sizes = {size: c[size] for size in SIZES}
         sizes["num_key_value_heads"] = c.get("num_key_value_heads") or H
         sizes["head_dim"] = c.get("head_dim") or c["hidden_size"] // H
         for size, value in sizes.items():
-            assert type(value) is int and value > 0, f"{size} is {value!r}"
-        scaled = rope.get("rope_type", rope.get("type")) == "llama3"
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{size} is {value!r}")
         return LLMConfig(
             **sizes, qkv_bias=ARCHITECTURES[name],
             rms_norm_eps=float(c.get("rms_norm_eps", 1e-6)),
             rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
-            rope_scaling={key: float(rope[key]) for key in LLAMA3} if scaled else None,
+            rope_scaling={key: float(rope[key]) for key in LLAMA3} if kind == "llama3" else None,
             tie_word_embeddings=bool(c.get("tie_word_embeddings")))
     except KeyError as error:
-        raise ValueError(f"{path}: it does not say {error}; fetch it again") from None
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}; fetch it again") from None
+        raise ValueError(f"{path}: it does not say {error}") from None
+    except (ArithmeticError, AssertionError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 # ---------------------------------------------------------------------------- positions and cache
@@ -558,9 +558,9 @@ class LLM(nn.Module):
             if names:
                 raise ValueError(f"{folder}: {', '.join(sorted(names))} {what}")
         for name, want in wanted.items():
-            shape = tensors[name].shape
-            if shape != want.shape or not tensors[name].is_floating_point():
-                raise ValueError(f"{folder}: {name} is {tensors[name].dtype} {list(shape)}, and its "
+            found = tensors[name]
+            if found.shape != want.shape or not found.is_floating_point():
+                raise ValueError(f"{folder}: {name} is {found.dtype} {list(found.shape)}, and "
                                  f"config.json asks for floats {list(want.shape)}")
         llm.load_state_dict({name: tensors.pop(name).to(device, dtype) for name in wanted},
                             assign=True)
@@ -660,10 +660,10 @@ class SentencePieceTokenizer:
         return [self.bos_id], self.encode(f"[INST] {system}{question.strip()} [/INST]")
 
 
-# How a text is cut before BPE. GPT-2 (SmolLM2 too, after cutting out each digit), Llama 3, Qwen2.
-GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-LLAMA = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+# How text is cut before BPE by GPT-2 (and SmolLM2, with each digit alone), Llama 3 and Qwen2.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN = LLAMA.replace("{1,3}", "")
 
 # GPT-2's visible letter for every byte: itself, or one from U+0100 on; and the way back.
@@ -672,12 +672,9 @@ LETTERS = {b: chr(b) for b in SEEN}
 LETTERS |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in SEEN)}
 BYTES = {ord(letter): b for b, letter in LETTERS.items()}
 
-# A family's chat, told by one of its tokens: how it starts, and how a turn opens and closes.
-CHATS = {
-    "<|start_header_id|>": ("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n",
-                            "<|eot_id|>"),
-    "<|im_start|>": ("", "<|im_start|>{}\n", "<|im_end|>\n"),
-}
+# A chat of Llama 3, and of Qwen2.5 and SmolLM2: how it starts, how each turn opens and closes.
+CHATS = [("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),
+         ("", "<|im_start|>{}\n", "<|im_end|>\n")]
 
 
 @functools.cache
@@ -685,7 +682,7 @@ def members(kind):
     """The inside of a `re` set: letters (L), numbers (N) or Unicode's white space (s)."""
     def inside(c):
         if kind == "s":
-            return chr(c).isspace() and not 28 <= c <= 31  # which only Python counts as white space
+            return chr(c).isspace() and not 28 <= c <= 31  # those are white space to Python only
         return unicodedata.category(chr(c))[0] == kind
 
     inside = [inside(c) for c in range(0x40000)]  # there are none in the planes above
@@ -695,7 +692,7 @@ def members(kind):
 
 @functools.cache
 def cutter(pattern):
-    r"""The compiled `re` of a pattern with \p{L}, \p{N} and Unicode's \s, which Python's has not."""
+    r"""A compiled `re` from a pattern with \p{L}, \p{N} and Unicode's \s, unknown to Python's."""
     parts = re.split(r"(\[.*?\])", pattern.replace(r"\S", r"[^\s]"))  # every second one is a set
     parts[::2] = [re.sub(r"\\p\{.\}|\\s", r"[\g<0>]", part) for part in parts[::2]]
     return re.compile(re.sub(r"\\p\{(.)\}|\\s", lambda m: members(m[1] or "s"), "".join(parts)))
@@ -713,7 +710,7 @@ def cuts(step):
     if kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
         if step["pattern"].get("Regex") in (LLAMA, QWEN):
             return [step["pattern"]["Regex"]]
-    raise ValueError(f"its pre-tokenizer {json.dumps(step)} is not known here")
+    raise ValueError(f"its pre-tokenizer has {json.dumps(step)}, which is not known here")
 
 
 class BPETokenizer:
@@ -744,9 +741,9 @@ class BPETokenizer:
         longest_first = sorted(self.added, key=len, reverse=True)
         self.finder = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self.texts = {i: token for token, i in self.vocab.items()}
-        self.texts |= {i: letters(token) for token, i in self.added.items() if token not in special}
+        self.texts |= {i: letters(text) for text, i in self.added.items() if text not in special}
         self.bos_id, self.eos_id = spec.get("bos_id"), spec.get("eos_id")
-        self.vocab_size = 1 + max(*self.added.values(), *self.vocab.values())
+        self.vocab_size = 1 + max([*self.added.values(), *self.vocab.values()])
         self.merge = functools.lru_cache(1 << 16)(self.merge)
 
     @property
@@ -754,7 +751,7 @@ class BPETokenizer:
         return json.dumps(self.spec).encode()  # for read_tokenizer
 
     def encode(self, text, special=False):
-        """Ids of a text. Only with `special` does what is spelt like a special token become one."""
+        """Ids of a text. What is spelt like a special token becomes one only if `special`."""
         ids = []
         for part in self.finder.split(text) if special else [text]:
             if special and part in self.added:
@@ -768,10 +765,11 @@ class BPETokenizer:
         return ids
 
     def merge(self, piece):
-        """Ids of a piece, written in letters: while there are pairs known, merge the one learnt first."""
+        """Ids of a piece written in letters: merge the pair learnt first, while any is known."""
         if self.ignore_merges and piece in self.vocab:
             return [self.vocab[piece]]
-        parts, last = [letter for letter in piece if letter in self.vocab], len(self.ranks)
+        last = len(self.ranks)
+        parts = [letter for letter in piece if letter in self.vocab]  # SmolLM2 lacks a few bytes
         while len(parts) > 1:
             a, b = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, last))
             if (a, b) not in self.ranks:
@@ -786,17 +784,19 @@ class BPETokenizer:
         return text.translate(BYTES).encode("latin-1").decode("utf-8", "replace")
 
     def chat(self, question, system=""):
-        """The ids of a chat that asks a question, in two parts: what goes before it (and before the
-        audio that it is about), and the question with what makes the model answer."""
-        for token, (start, opening, closing) in CHATS.items():
-            if token in self.added:
-                own = functools.partial(self.encode, special=True)  # never for what others wrote
-                before = own(start)
-                if system:
-                    before += own(opening.format("system")) + self.encode(system.strip()) + own(closing)
-                return before + own(opening.format("user")), (
-                    self.encode(question.strip()) + own(closing + opening.format("assistant")))
-        raise ValueError(f"this tokenizer has no chat: none of the tokens {', '.join(CHATS)}")
+        """Ids of a chat that asks a question, in two parts: all that comes before the question
+        (and the audio that it is about); the question, and what makes the model answer."""
+        for start, opening, closing in CHATS:
+            if opening.split("{}")[0] in self.added:
+                break
+        else:
+            raise ValueError("this tokenizer has the special tokens of no chat known here")
+        ours = functools.partial(self.encode, special=True)  # never for what others wrote
+        before = ours(start)
+        if system:
+            before += ours(opening.format("system")) + self.encode(system.strip()) + ours(closing)
+        return (before + ours(opening.format("user")),
+                self.encode(question.strip()) + ours(closing + opening.format("assistant")))
 
 
 def letters(text):
@@ -815,7 +815,7 @@ def train_tokenizer(texts, vocab_size):
 
 
 def read_tokenizer(proto):
-    """The tokenizer whose `proto` (bytes) this is: a SentencePiece .model file, or a BPE in JSON."""
+    """The tokenizer whose `proto` this is: the bytes of a SentencePiece .model, or of JSON."""
     if proto[:1] == b"{":
         return BPETokenizer(json.loads(proto))
     return SentencePieceTokenizer(proto)
