@@ -5,14 +5,20 @@ what sees what: a query sees every key whose position is not after its own. Try:
 
     python -c "from model import *; llm = LLM(LLMConfig()); print(llm.generate([1, 2, 3], 5))"
 
+LLM.from_pretrained(folder) reads Llama 2, Llama 3.2, Qwen2.5 and SmolLM2, load_tokenizer(folder)
+their tokenizers.
+
 Letters in shapes: B batch, T new tokens, S all tokens so far, D width, H heads, K key-value heads,
 d head width, V vocabulary.
 """
+import functools
 import io
 import json
 import math
 import pickle
+import re
 import struct
+import unicodedata
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +45,7 @@ class LLMConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = True
     qkv_bias: bool = False
+    rope_scaling: dict = None  # of Llama 3: the four numbers that `rotary` reads
 
     def __post_init__(self):
         H, K = self.num_attention_heads, self.num_key_value_heads
@@ -107,7 +114,10 @@ class MappedFile:
         self.data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
 
     def values(self, start, dtype, count):
-        """`count` values of `dtype` from byte `start`: a view, or read now if not aligned."""
+        """
+        `count` values of `dtype` from byte `start`: a map of their own, so that the memory of one
+        tensor is free when it is dropped; or read now if not aligned.
+        """
         size = count * dtype.itemsize
         if min(start, count) < 0 or start + size > len(self.data):
             raise ValueError(f"{len(self.data)} bytes, where {count} {dtype} should be at {start}")
@@ -115,7 +125,8 @@ class MappedFile:
             return torch.empty(0, dtype=dtype)
         if start % dtype.itemsize:
             return torch.from_numpy(np.fromfile(self.path, "u1", size, offset=start)).view(dtype)
-        return self.data[start:start + size].view(dtype)
+        part = np.memmap(self.path, "u1", "c", start, size)  # copy on write: the file stays whole
+        return torch.from_numpy(part).view(dtype)
 
 
 def read_safetensors(file):
@@ -226,6 +237,62 @@ def tensors_in(tree, file, start, prefix=""):
     return tensors
 
 
+def read_json(path):
+    """The object in a JSON file. ValueError, one line, if there is none."""
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); fetch it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: a JSON {type(found).__name__}, not an object; fetch it again")
+    return found
+
+
+# Whether q, k and v have a bias; and the settings that change results, as they must be.
+ARCHITECTURES = {"LlamaForCausalLM": False, "Qwen2ForCausalLM": True}
+ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+        "partial_rotary_factor": 1, "use_sliding_window": False, "quantization_config": None}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def read_config(folder):
+    """The LLMConfig of a Hugging Face folder. ValueError for all that we would compute wrongly."""
+    path = Path(folder) / "config.json"
+    c = read_json(path)
+    try:
+        name = c["architectures"][0]
+        if name not in ARCHITECTURES:
+            raise ValueError(f"the architecture {name} is not one of {', '.join(ARCHITECTURES)}")
+        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # the newer name, the older
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise ValueError(f"the rope type {kind} is neither default nor llama3")
+        for setting, only in ONLY.items():
+            value = (c | rope).get(setting, only)
+            if value not in (only, None):
+                raise ValueError(f"{setting} is {value!r}, and only {only!r} can be computed here")
+        sizes = {size: c[size] for size in ("vocab_size", "hidden_size", "intermediate_size",
+                                            "num_hidden_layers", "num_attention_heads")}
+        H = c["num_attention_heads"]
+        sizes["num_key_value_heads"] = c.get("num_key_value_heads") or H
+        sizes["head_dim"] = c.get("head_dim") or c["hidden_size"] // H
+        for size, value in sizes.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{size} is {value!r}")
+        return LLMConfig(
+            **sizes, qkv_bias=ARCHITECTURES[name],
+            rms_norm_eps=float(c.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
+            rope_scaling={key: float(rope[key]) for key in LLAMA3} if kind == "llama3" else None,
+            tie_word_embeddings=bool(c.get("tie_word_embeddings")))
+    except KeyError as error:
+        raise ValueError(f"{path}: it does not say {error}") from None
+    except (ArithmeticError, AssertionError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 # ---------------------------------------------------------------------------- positions and cache
 
 def place(start, count, lengths=None):
@@ -322,19 +389,28 @@ def visibility(queries, keys, dtype):
 
 
 def rotary(positions, config, dtype):
-    """cos and sin (1 or B, T, 1, d) of the angles position * theta^(-2i/d), i < d/2, twice."""
+    """cos and sin (1 or B, T, 1, d) of the angles position * theta^(-2i/d), i < d/2, twice.
+
+    The first half of sin is negative, ready for `rotate`. Llama 3 slows down by `factor` the pairs
+    that turned fewer than low_freq_factor times in the context it was first trained on, leaves
+    alone those that turned more than high_freq_factor times, and blends in between.
+    """
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     i = torch.arange(0, config.head_dim, 2, dtype=exact, device=positions.device)
-    angles = positions[..., None].to(exact) * config.rope_theta ** (-i / config.head_dim)
-    angles = torch.cat([angles, angles], dim=-1)[:, :, None]  # (1 or B, T, 1, d)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    speed = config.rope_theta ** (-i / config.head_dim)
+    if config.rope_scaling:
+        factor, low, high, context = (config.rope_scaling[key] for key in LLAMA3)
+        keep = ((context * speed / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        speed = speed * (keep + (1 - keep) / factor)
+    angles = (positions[..., None].to(exact) * speed)[:, :, None]  # (1 or B, T, 1, d/2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, rope):
     """Turn each pair (x[i], x[i + d/2]) of x (B, T, heads, d) by its position's angle."""
     cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 # ------------------------------------------------------------------------------------- the decoder
@@ -360,7 +436,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
     def heads(self, x):
-        return x.unflatten(-1, (-1, self.head_dim))  # (B, T, heads * d) -> (B, T, heads, d)
+        B, T, width = x.shape
+        return x.view(B, T, width // self.head_dim, self.head_dim)  # (B, T, heads, d)
 
     def forward(self, x, rope, mask, cache, layer):
         q = rotate(self.heads(self.q_proj(x)), rope)
@@ -462,6 +539,33 @@ class LLM(nn.Module):
             for out in (module.self_attn.o_proj, module.mlp.down_proj):
                 nn.init.normal_(out.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
 
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+        """A Llama or Qwen2 from a Hugging Face folder, in eval mode: config.json and weights.
+
+        Each tensor goes straight from the file to its dtype and device; what has them already
+        stays a map of the file. ValueError, one line, for whatever does not fit.
+        """
+        with torch.device("meta"):
+            llm = cls(read_config(folder))
+        # Old Llamas store their rotary speeds, and some tied models their embedding twice.
+        unused = r".*rotary_emb\.inv_freq" + "|lm_head.weight" * llm.config.tie_word_embeddings
+        tensors = {name: tensor for name, tensor in load_tensors(folder).items()
+                   if not re.fullmatch(unused, name)}
+        wanted = llm.state_dict()
+        for names, what in ((wanted.keys() - tensors.keys(), "is missing"),
+                            (tensors.keys() - wanted.keys(), "does not belong to it")):
+            if names:
+                raise ValueError(f"{folder}: {', '.join(sorted(names))} {what}")
+        for name, want in wanted.items():
+            found = tensors[name]
+            if found.shape != want.shape or not found.is_floating_point():
+                raise ValueError(f"{folder}: {name} is {found.dtype} {list(found.shape)}, and "
+                                 f"config.json asks for floats {list(want.shape)}")
+        llm.load_state_dict({name: tensors.pop(name).to(device, dtype) for name in wanted},
+                            assign=True)
+        return llm.eval()
+
     def embed(self, ids):
         return self.model.embed_tokens(ids)  # (B, T) -> (B, T, D)
 
@@ -480,7 +584,7 @@ class LLM(nn.Module):
         embeds = self.embed(ids) if embeds is None else embeds
         return self.head(self.model(embeds, positions, cache))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, ids, max_new_tokens, temperature=0.0, top_p=1.0, cache=None, rows=None,
                  eos_id=None, seed=None, on_token=None):
         """Continue one prompt (a list of ids) or a batch of them (a list of lists, or (B, T)).
@@ -550,6 +654,154 @@ class SentencePieceTokenizer:
     def decode(self, ids):
         return self.pieces.decode(list(ids))
 
+    def chat(self, question, system=""):
+        """See BPETokenizer.chat; this is the format of Llama 2."""
+        system = f"<<SYS>>\n{system.strip()}\n<</SYS>>\n\n" if system else ""
+        return [self.bos_id], self.encode(f"[INST] {system}{question.strip()} [/INST]")
+
+
+# How text is cut before BPE by GPT-2 (and SmolLM2, with each digit alone), Llama 3 and Qwen2.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN = LLAMA.replace("{1,3}", "")
+
+# GPT-2's visible letter for every byte: itself, or one from U+0100 on; and the way back.
+SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+LETTERS = {b: chr(b) for b in SEEN}
+LETTERS |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in SEEN)}
+BYTES = {ord(letter): b for b, letter in LETTERS.items()}
+
+# A chat of Llama 3, and of Qwen2.5 and SmolLM2: how it starts, how each turn opens and closes.
+CHATS = [("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),
+         ("", "<|im_start|>{}\n", "<|im_end|>\n")]
+
+
+@functools.cache
+def members(kind):
+    """The inside of a `re` set: letters (L), numbers (N) or Unicode's white space (s)."""
+    def inside(c):
+        if kind == "s":
+            return chr(c).isspace() and not 28 <= c <= 31  # those are white space to Python only
+        return unicodedata.category(chr(c))[0] == kind
+
+    inside = [inside(c) for c in range(0x40000)]  # there are none in the planes above
+    edges = [c for c in range(len(inside)) if inside[c] != inside[c - 1]]
+    return "".join(f"\\U{a:08x}-\\U{b - 1:08x}" for a, b in zip(edges[::2], edges[1::2]))
+
+
+@functools.cache
+def cutter(pattern):
+    r"""A compiled `re` from a pattern with \p{L}, \p{N} and Unicode's \s, unknown to Python's."""
+    parts = re.split(r"(\[.*?\])", pattern.replace(r"\S", r"[^\s]"))  # every second one is a set
+    parts[::2] = [re.sub(r"\\p\{.\}|\\s", r"[\g<0>]", part) for part in parts[::2]]
+    return re.compile(re.sub(r"\\p\{(.)\}|\\s", lambda m: members(m[1] or "s"), "".join(parts)))
+
+
+def cuts(step):
+    """The patterns by which a tokenizer.json's pre-tokenizer cuts text, one after another."""
+    kind = step["type"]
+    if kind == "Sequence" and step["pretokenizers"][-1]["type"] == "ByteLevel":
+        return [pattern for part in step["pretokenizers"] for pattern in cuts(part)]
+    if kind == "Digits" and step["individual_digits"]:
+        return [r"\p{N}|[^\p{N}]+"]
+    if kind == "ByteLevel" and not step["add_prefix_space"]:
+        return [GPT2] if step.get("use_regex", True) else []
+    if kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        if step["pattern"].get("Regex") in (LLAMA, QWEN):
+            return [step["pattern"]["Regex"]]
+    raise ValueError(f"its pre-tokenizer has {json.dumps(step)}, which is not known here")
+
+
+class BPETokenizer:
+    """Byte-level BPE: text is cut into pieces, a piece is its UTF-8 bytes, written as letters, and
+    neighbours are merged in the order in which the merges were learnt.
+
+    spec: what a tokenizer.json holds, and under bos_id and eos_id what config.json says of them.
+    """
+
+    def __init__(self, spec):
+        self.spec, model, added = spec, spec["model"], spec.get("added_tokens") or []
+        if model["type"] != "BPE" or (spec.get("normalizer") or {"type": "NFC"})["type"] != "NFC":
+            raise ValueError("only BPE is known here, with the normalizer NFC or none")
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+            if model.get(key):
+                raise ValueError(f"its {key} {model[key]!r} is not known here")
+        self.normalize = bool(spec.get("normalizer"))
+        self.cutters = [cutter(pattern) for pattern in cuts(spec["pre_tokenizer"])]
+        self.ignore_merges = model.get("ignore_merges", False)
+        self.added = {token["content"]: token["id"] for token in added}
+        special = {token["content"] for token in added if token["special"]}
+        self.vocab = {token: i for token, i in model["vocab"].items() if token not in special}
+        merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+        self.ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
+        lost = {a + b for a, b in self.ranks} - self.vocab.keys()
+        if lost:
+            raise ValueError(f"its vocabulary lacks {len(lost)} tokens, {min(lost)!r} for one")
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self.finder = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        self.texts = {i: token for token, i in self.vocab.items()}
+        self.texts |= {i: letters(text) for text, i in self.added.items() if text not in special}
+        self.bos_id, self.eos_id = spec.get("bos_id"), spec.get("eos_id")
+        self.vocab_size = 1 + max([*self.added.values(), *self.vocab.values()])
+        self.merge = functools.lru_cache(1 << 16)(self.merge)
+
+    @property
+    def proto(self):
+        return json.dumps(self.spec).encode()  # for read_tokenizer
+
+    def encode(self, text, special=False):
+        """Ids of a text. What is spelt like a special token becomes one only if `special`."""
+        ids = []
+        for part in self.finder.split(text) if special else [text]:
+            if special and part in self.added:
+                ids.append(self.added[part])
+                continue
+            pieces = [unicodedata.normalize("NFC", part) if self.normalize else part]
+            for cut in self.cutters:
+                pieces = [piece for whole in pieces for piece in cut.findall(whole)]
+            for piece in pieces:
+                ids += self.merge(letters(piece))
+        return ids
+
+    def merge(self, piece):
+        """Ids of a piece written in letters: merge the pair learnt first, while any is known."""
+        if self.ignore_merges and piece in self.vocab:
+            return [self.vocab[piece]]
+        last = len(self.ranks)
+        parts = [letter for letter in piece if letter in self.vocab]  # SmolLM2 lacks a few bytes
+        while len(parts) > 1:
+            a, b = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, last))
+            if (a, b) not in self.ranks:
+                break
+            spaced = "".join(f" {part} " for part in parts)  # no letter is a space
+            parts = spaced.replace(f" {a}  {b} ", f" {a}{b} ").split()
+        return [self.vocab[part] for part in parts]
+
+    def decode(self, ids):
+        """The text of ids, without special tokens; what is not UTF-8 becomes U+FFFD."""
+        text = "".join(self.texts.get(i, "") for i in ids)
+        return text.translate(BYTES).encode("latin-1").decode("utf-8", "replace")
+
+    def chat(self, question, system=""):
+        """Ids of a chat that asks a question, in two parts: all that comes before the question
+        (and the audio that it is about); the question, and what makes the model answer."""
+        for start, opening, closing in CHATS:
+            if opening.split("{}")[0] in self.added:
+                break
+        else:
+            raise ValueError("this tokenizer has the special tokens of no chat known here")
+        ours = functools.partial(self.encode, special=True)  # never for what others wrote
+        before = ours(start)
+        if system:
+            before += ours(opening.format("system")) + self.encode(system.strip()) + ours(closing)
+        return (before + ours(opening.format("user")),
+                self.encode(question.strip()) + ours(closing + opening.format("assistant")))
+
+
+def letters(text):
+    return text.encode().decode("latin-1").translate(LETTERS)
+
 
 def train_tokenizer(texts, vocab_size):
     """A SentencePiece tokenizer (BPE, byte fallback) learnt from an iterable of strings."""
@@ -563,11 +815,39 @@ def train_tokenizer(texts, vocab_size):
     return SentencePieceTokenizer(out.getvalue())
 
 
+def read_tokenizer(proto):
+    """The tokenizer whose `proto` this is: the bytes of a SentencePiece .model, or of JSON."""
+    if proto[:1] == b"{":
+        return BPETokenizer(json.loads(proto))
+    return SentencePieceTokenizer(proto)
+
+
 def load_tokenizer(path):
-    """The tokenizer in a SentencePiece .model file. ValueError if it cannot be used."""
+    """The tokenizer in a .model file, a tokenizer.json, or a folder with one of them.
+
+    If there is a config.json beside it, its bos_id and eos_id are what that says. ValueError, one
+    line, if it cannot be used, or not with that config's vocabulary.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.model", "tokenizer.json")]
+        path = found[0] if found[0].exists() else found[1]
+    beside = path.with_name("config.json")
+    config = read_json(beside) if beside.exists() else {}
+    spec = read_json(path) if path.suffix == ".json" else None
     try:
-        return SentencePieceTokenizer(Path(path).read_bytes())
-    except OSError as e:
-        raise ValueError(f"{path}: cannot read the tokenizer ({e.strerror})") from None
-    except RuntimeError:
-        raise ValueError(f"{path}: not a SentencePiece .model file") from None
+        for key in ("bos", "eos") if spec else ():
+            ids = config.get(f"{key}_token_id")
+            spec[f"{key}_id"] = ids[-1] if isinstance(ids, list) else ids  # the last ends a turn
+        tokenizer = BPETokenizer(spec) if spec else SentencePieceTokenizer(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the tokenizer ({error.strerror})") from None
+    except KeyError as error:
+        raise ValueError(f"{path}: not a usable tokenizer, it has no {error}") from None
+    except Exception as error:  # whatever a damaged file may lead to
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a usable tokenizer ({reason})") from None
+    if tokenizer.vocab_size > config.get("vocab_size", tokenizer.vocab_size):
+        raise ValueError(f"{path}: {tokenizer.vocab_size} tokens, and {beside} says "
+                         f"{config['vocab_size']}: they do not belong together")
+    return tokenizer
