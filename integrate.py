@@ -251,11 +251,20 @@ class AudioLLM(nn.Module):
 
         sources: {kind: path} of encoders' own files that have moved since.
         """
-        saved, encoders = load_checkpoint(path, FORMAT), {}
+        saved = load_checkpoint(path, FORMAT)
+        try:
+            return cls.restore(path, saved, sources or {})
+        except (KeyError, TypeError, RuntimeError) as e:
+            reason = " ".join(str(e).split())
+            raise ValueError(f"{path}: made by another version of this code ({reason})") from None
+
+    @classmethod
+    def restore(cls, path, saved, sources):
+        encoders = {}
         for kind, config in saved["encoders"].items():
             config, source = ENCODERS[kind].Config(**config), saved["sources"][kind]
             if source:
-                encoders[kind] = load_encoder(kind, (sources or {}).get(kind) or source)
+                encoders[kind] = load_encoder(kind, sources.get(kind) or source)
                 if encoders[kind].config != config:
                     raise ValueError(f"{path}: was trained with another {kind}: {config}")
             else:
@@ -293,7 +302,8 @@ def save_atomically(path, what):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(what, temporary)
+    with open(temporary, "wb") as file:  # ours, so that a full disk is an OSError and not torch's
+        torch.save(what, file)
     os.replace(temporary, path)
 
 

@@ -368,16 +368,17 @@ def own(path, audio_root):
 
 def hear_all(model, clips):
     """Frozen features of every clip, once: a list of {kind: (n, De)}."""
-    features, seconds = [], []
+    features, seconds = [], {}
 
-    def timed(clip, rate):
-        wave = clip(rate)
-        seconds.append(len(wave) / rate)
+    def timed(i, rate):
+        wave = clips[i](rate)
+        seconds[i] = len(wave) / rate
         return wave
 
-    for i in tqdm(range(0, len(clips), 16), desc="features", leave=False, mininterval=1):
-        features += model.features([partial(timed, clip) for clip in clips[i:i + 16]])
-    tell_fit(model, seconds)
+    for at in tqdm(range(0, len(clips), 16), desc="features", leave=False, mininterval=1):
+        some = range(at, min(at + 16, len(clips)))
+        features += model.features([partial(timed, i) for i in some])
+    tell_fit(model, list(seconds.values()))
     return features
 
 
