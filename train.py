@@ -589,6 +589,7 @@ def heard(kind, s, times):
 
 
 def word(kind, s, event):
+    """The word for one event, or for none (None), to the ear of this kind of encoder."""
     speech = s["domain"] == "speech"
     if event and speech:
         return event[0] if kind == "whisper" else s["voice"]
