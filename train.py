@@ -268,6 +268,10 @@ TASKS = {"what": "classification", "who": "classification", "describe": "caption
 NUMBERS = "zero one two three four five".split()
 
 
+def a(noun):
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
 def questions(scene, rng):
     """Every question that has one right answer here, each in a phrasing drawn from rng.
 
@@ -277,9 +281,6 @@ def questions(scene, rng):
     speech = scene["domain"] == "speech"
     names = [name for name, _, _ in scene["events"]]
     asked = []
-
-    def a(noun):
-        return ("an " if noun[0] in "aeiou" else "a ") + noun
 
     def draw(choices):
         return choices[rng.integers(len(choices))]
@@ -318,10 +319,11 @@ def questions(scene, rng):
 
 
 def checklist(s, dice):
-    """Was it there, what came after it: as some questions ask, in the fewest words.
+    """Was it there, what came after it: pairs of what some questions ask and the answer.
 
-    A word that is answered on the spot teaches to look back for it. From whole sentences, with the
-    answer at their end, a small LLM would learn that only after hours.
+    Most are asked in the fewest words, as a word that is answered on the spot teaches to look back
+    for it; from whole sentences, with the answer at their end, a small LLM would learn that only
+    after hours. The few whole sentences teach to carry the answer to their end.
     """
     names = [name for name, _, _ in s["events"]]
     every = SYLLABLES if s["domain"] == "speech" else list(KINDS)
@@ -329,7 +331,10 @@ def checklist(s, dice):
     for _ in range(4):
         yes = dice.random() < 0.5
         x = dice.choice(names if yes else [name for name in every if name not in names])
-        checks.append((f" {x}", "yes" if yes else "no"))
+        short = dice.random() < 0.75
+        noun = x if s["domain"] == "speech" else a(x)
+        whole = dice.choice(PHRASINGS["present"].split("|")).format(x=noun) + "\n"
+        checks.append((f" {x}" if short else whole, "yes" if yes else "no"))
     once = [i for i, name in enumerate(names[:-1]) if names.count(name) == 1]
     for i in dice.permutation(once)[:2]:
         checks.append((f" after {names[i]}", names[i + 1]))
@@ -781,18 +786,18 @@ class Options:
     sslam: str = option(None, "a public SSLAM or EAT checkpoint")
     clap: str = option(None, "a public CLAP checkpoint")
     seed: int = option(0, "of the world, the connectors and the order of the questions")
-    clips: int = option(4000, "training clips of the listening world", low=1)
+    clips: int = option(4500, "training clips of the listening world", low=1)
     test_clips: int = option(200, "test clips of the listening world, about nine questions each",
                              low=1)
     batch: int = option(32, "questions a step", low=1)
     steps1: int = option(200, "steps of stage 1: connectors alone, classification")
     steps2: int = option(500, "steps of stage 2: LLM and connectors, closed questions")
-    steps3: int = option(1500, "steps of stage 3: LLM and connectors, all questions")
+    steps3: int = option(1800, "steps of stage 3: LLM and connectors, all questions")
     lr: float = option(0.0, "peak rate of the LLM, a third of the connectors'; 0: the mode's own, "
                             f"or with --llm {REAL_LLM_RATE:g}")
     device: str = option("auto", "cpu, cuda, mps or auto")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
-    read_steps: int = option(2000, "with --prepare: steps of the LLM's reading")
+    read_steps: int = option(3000, "with --prepare: steps of the LLM's reading")
     hear_clips: int = option(3000, "with --prepare: clips the encoders learn from", low=1)
     hear_steps: int = option(750, "with --prepare: steps of Whisper, and half of SSLAM's")
 
