@@ -792,12 +792,9 @@ class Options:
     batch: int = option(32, "questions a step", low=1)
     steps1: int = option(200, "steps of stage 1: connectors alone, classification")
     steps2: int = option(500, "steps of stage 2: LLM and connectors, closed questions")
-        if prompt.endswith("\n"):
-            prompt, answer = tokenizer.chat(prompt)[1], tokenizer.reply(answer)
-        else:
-            prompt, answer = tokenizer.encode(prompt), tokenizer.encode(" " + answer.strip())
-        ids += prompt + answer
-        weights += [0.0] * len(prompt) + [1 / len(answer)] * len(answer)
+    steps3: int = option(1800, "steps of stage 3: LLM and connectors, all questions")
+    lr: float = option(0.0, "peak rate of the LLM, a third of the connectors'; 0: the mode's own, "
+                            f"or with --llm {REAL_LLM_RATE:g}")
     device: str = option("auto", "cpu, cuda, mps or auto")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
     read_steps: int = option(3000, "with --prepare: steps of the LLM's reading")
