@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from encoders import load_audio, mel_bank, power_spectrum
-from integrate import ROUTES, AudioLLM, run
-from model import LLM, KVCache, LLMConfig, load_tokenizer, rotate, visibility
+from integrate import ROUTES, AudioLLM
+from model import LLM, load_tokenizer, rotate, visibility
 
 
 # ------------------------------------------------------------------------------ command line
@@ -227,6 +227,8 @@ def on_grid(model, kind, weights, seconds):
 
 def words(tokenizer, ids):
     """The words that ids spell: a list of (word, which of the ids)."""
+    if not ids:
+        raise ValueError("the answer is empty: there is no word to look at")
     text, groups = tokenizer.decode(ids), []
     ends = [len(tokenizer.decode(ids[:i]).rstrip("\ufffd")) for i in range(len(ids) + 1)]
     for i in range(len(ids)):
@@ -238,102 +240,102 @@ def words(tokenizer, ids):
 
 # -------------------------------------------------------------------------------------- pictures
 
-# Colours that the colour-blind can tell apart (Okabe and Ito's)
+# The colour-blind can tell these apart (Okabe and Ito).
 COLOURS = {"start": "#777777", "whisper": "#e69f00", "sslam": "#0072b2", "clap": "#cc79a7",
            "text": "#009e73"}
 
 
 def canvas(*args, **kwargs):
-    """A figure and its axes, as matplotlib's subplots gives them."""
+    """matplotlib's figure and axes, and a function that writes the figure to a path."""
     try:
         from matplotlib import pyplot
     except ImportError:
         raise ValueError("a picture needs matplotlib: pip install matplotlib") from None
     pyplot.switch_backend("agg")  # needs no screen
     pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    return pyplot.subplots(*args, layout="constrained", **kwargs)
+    figure, axes = pyplot.subplots(*args, layout="constrained", **kwargs)
 
+    def save(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+        print(f"wrote {path}", file=sys.stderr)
 
-def save_picture(figure, path):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    print(f"wrote {path}", file=sys.stderr)
+    return axes, save
 
 
 def draw_listening(model, features, wave, question, answer, layer, path):
-    """The clip's spectrogram, and below, for each word of an answer (ids), where in time, and in
-    frequency, each encoder's tokens had its attention: in one layer, or (0) on average in all."""
+    """The clip's spectrogram, and below, for each word of an answer (ids), where in time and in
+    frequency each encoder's tokens had its attention: in one layer, or (0) on average in all."""
     said, seconds = words(model.tokenizer, answer), len(wave) / 16000
-    heard = {part: (w[layer - 1] if layer else w.mean(dim=0)) for part, w in  # (tokens, n)
-             listen(model, features, question, answer).items()}
+    heard = listen(model, features, question, answer)
     heights = [1.6] + [0.3 + 0.3 * len(said)] * len(model.encoders)
-    figure, axes = canvas(len(heights), sharex=True, figsize=(8, 0.9 + sum(heights)),
-                          height_ratios=heights)
-    bank = mel_bank(128, 257, 16000, 20, 8000, "kaldi")  # SSLAM's bands: 16 rows are one of them
-    mel = power_spectrum(wave[None], torch.hann_window(512), 160)[0] @ bank  # (frames, 128)
-    mel = mel.clamp(min=1e-10).log10()
-    axes[0].imshow(mel.T, origin="lower", aspect="auto", cmap="magma", vmin=mel.max() - 5,
-                   extent=(0, seconds, 0, 128))
+    (top, *axes), save = canvas(len(heights), sharex=True, figsize=(8, 0.9 + sum(heights)),
+                                height_ratios=heights)
+    bank = mel_bank(128, 257, 16000, 20, 8000, "kaldi")  # SSLAM's: 16 rows are one of its bands
+    mel = (power_spectrum(wave[None], torch.hann_window(512), 160)[0] @ bank).clamp(1e-10).log10()
+    top.imshow(mel.T, origin="lower", aspect="auto", cmap="magma", vmin=mel.max() - 5,
+               extent=(0, seconds, 0, 128))
     rows = [16, 48, 80, 112]
-    axes[0].set(title=f"{question}  →  {model.tokenizer.decode(answer).strip()}",
-                ylabel="kHz", yticks=rows,
-                yticklabels=[f"{bank[:, row].argmax() * 16 / 512:.1f}" for row in rows])
-    for ax, (kind, encoder) in zip(axes[1:], model.encoders.items()):
-        grids = [on_grid(model, kind, heard[kind][group].mean(dim=0), seconds)
-                 for _, group in said]  # (steps, bands) each
-        for i, grid in enumerate(grids):
+    top.set(title=f"{question}  \u2192  {model.tokenizer.decode(answer).strip()}", ylabel="kHz",
+            yticks=rows, yticklabels=[f"{bank[:, row].argmax() * 16 / 512:.1f}" for row in rows])
+    for ax, (kind, encoder) in zip(axes, model.encoders.items()):
+        weights = heard[kind][layer - 1] if layer else heard[kind].mean(dim=0)  # (tokens, n)
+        grids = [on_grid(model, kind, weights[which].mean(0), seconds) for _, which in said]
+        for i, grid in enumerate(grids):  # (steps, bands) each
             end = len(grid) * encoder.seconds / encoder.grid[0]
             ax.imshow(grid.T, origin="lower", aspect="auto", cmap="Blues", vmin=0,
                       vmax=max(grid.max() for grid in grids), extent=(0, end, i + 0.4, i - 0.4))
             ax.text(1.01, i, f"{grid.sum():.0%}", va="center", transform=ax.get_yaxis_transform())
-        ax.set(xlim=(0, seconds), ylim=(len(said) - 0.4, -0.6), yticks=range(len(said)),
-               yticklabels=[word for word, _ in said], title=kind)
-    axes[-1].set_xlabel("seconds; at the right, the share of all its attention that a word gave to "
-                        "this encoder")
-    save_picture(figure, path)
+        ax.set(title=f"{kind}: where a word's attention fell, and how much of it",
+               xlim=(0, seconds), ylim=(len(said) - 0.4, -0.6), yticks=range(len(said)),
+               yticklabels=[word for word, _ in said])
+    axes[-1].set_xlabel("seconds")
+    save(path)
 
 
 def draw_masks(path):
-    """What sees what in each mode, read off the weights of a small LLM that hears random audio."""
-    llm, sizes = LLM(LLMConfig(num_hidden_layers=1)), dict(zip(COLOURS, (1, 4, 4, 2, 5)))
+    """What sees what in each mode, by the rule of model.py, on a few tokens of each kind."""
+    sizes = dict(zip(COLOURS, (1, 4, 4, 2, 5)))
     kinds = [kind for kind, n in sizes.items() for _ in range(n)]
-    centres = [kinds.index(kind) + (n - 1) / 2 for kind, n in sizes.items()]
-    figure, axes = canvas(1, len(ROUTES), sharey=True, figsize=(10, 3.9))
-    rgb = {kind: [int(code[i:i + 2], 16) / 255 for i in (1, 3, 5)]
-           for kind, code in COLOURS.items()}
+    places = torch.arange(len(kinds))
+    seen = visibility(places[None], places[None], torch.float32)[0, 0] == 0  # (queries, keys)
+    axes, save = canvas(1, len(ROUTES), sharey=True, figsize=(10, 3.8))
     for ax, (mode, routes) in zip(axes, ROUTES.items()):
-        segments = [(routes.get(kind, "plits"), torch.randn(1, n, llm.config.hidden_size), None)
-                    for kind, n in sizes.items()]
-        (weights, positions), = attention(llm, lambda: run(llm, segments, KVCache(1)))
-        picture, keys = torch.ones(len(kinds), len(kinds), 3), positions[0].tolist()
-        for query, row in zip(keys[-weights.shape[2]:], weights[0].mean(dim=0)):
-            for key, weight in zip(keys, row):
-                picture[query, key] = torch.tensor(rgb[kinds[key]] if weight > 0 else [0.93] * 3)
-        ax.imshow(picture)
-        ax.set(title=mode, xticks=centres, yticks=centres, xlabel="keys")
+        for i, query in enumerate(kinds):
+            if routes.get(query) != "lal":  # which is keys and values only
+                ax.bar(places, 0.9, 0.9, bottom=i - 0.45, color=[
+                    COLOURS[key] if see else "#eeeeee" for key, see in zip(kinds, seen[i])])
+        middles = [kinds.index(kind) + (n - 1) / 2 for kind, n in sizes.items()]
+        ax.set(title=mode.upper(), xlabel="keys", xticks=middles, yticks=middles, yticklabels=sizes,
+               ylim=(len(kinds) - 0.4, -0.6))
         ax.set_xticklabels(sizes, rotation=45)
-        ax.set_yticklabels(sizes)
-        ax.set_xticks([i + 0.5 for i in range(len(kinds))], minor=True)
-        ax.set_yticks([i + 0.5 for i in range(len(kinds))], minor=True)
-        ax.grid(which="minor", color="white", linewidth=1.5)
-        ax.tick_params(which="both", length=0)
     axes[0].set_ylabel("queries (white: asks nothing)")
-    save_picture(figure, path)
+    save(path)
 
 
 def draw_curves(folder):
-    """Loss and accuracy of a run of train.py, from its metrics.jsonl: FOLDER/curves.png."""
+    """Loss and accuracy of a run of train.py, from its metrics.jsonl, as FOLDER/curves.png."""
     lines = read_json(f"{folder}/metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     checks = [line for line in lines if "validation" in line]
-    figure, (left, right) = canvas(1, 2, figsize=(10, 3.5))
-    for stage in dict.fromkeys(line["stage"] for line in steps):
-        mine = [line for line in steps if line["stage"] == stage]
-        left.plot([x["step"] for x in mine], [x["loss"] for x in mine], label=f"stage {stage}")
+    (left, right), save = canvas(1, 2, figsize=(10, 3.5))
+    for stage, colour in zip(dict.fromkeys(line["stage"] for line in steps), COLOURS.values()):
+        at, loss = zip(*((line["step"], line["loss"]) for line in steps if line["stage"] == stage))
+        left.plot(at, loss, color=colour, alpha=0.3)
+        # each of these stands for the ten around it, of which the ends have fewer
+        smooth = [sum(near) / len(near) for i in range(len(loss)) for near in [loss[max(0, i - 5):i + 5]]]
+        left.plot(at, smooth, color=colour, label=f"stage {stage}")
     left.set(xlabel="step", ylabel="loss", yscale="log")
     left.legend()
-    right.plot([x["step"] for x in checks], [100 * x["validation"] for x in checks], "o-")
-    save_picture(figure, f"{folder}/curves.png")
+    right.plot([line["step"] for line in checks], [line["validation"] for line in checks], "o-",
+               color=COLOURS["sslam"], label="validation")
+    for scores in [line["scores"]["all all"] for line in lines if "scores" in line]:
+        for (name, share), style in zip(list(scores.items())[1:], ["-", "--", "-.", ":"]):
+            right.axhline(share, color=COLOURS["start"], linestyle=style, label=f"test: {name}")
+    right.set(xlabel="step", ylabel="exactly right", ylim=(0, 1))
+    right.yaxis.set_major_formatter("{x:.0%}")
+    right.legend()
+    save(f"{folder}/curves.png")
 
 
 def newest_checkpoint():
@@ -403,6 +405,9 @@ def main(o):
     features = [{}]
     if o.audio:
         tell_fit(model, [len(wave) / 16000])
+        if o.layer > model.llm.config.num_hidden_layers:
+            raise ValueError(f"--layer {o.layer}: expected 0 to "
+                             f"{model.llm.config.num_hidden_layers}")
         features = model.features([lambda rate: load_audio(o.audio, rate)])
     cache = model.hear(features)
     past = []  # of a talk; about a sound every question stands alone, as in training
