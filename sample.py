@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from encoders import load_audio, mel_bank, power_spectrum
 from integrate import ROUTES, AudioLLM
@@ -252,7 +253,8 @@ def canvas(*args, **kwargs):
     except ImportError:
         raise ValueError("a picture needs matplotlib: pip install matplotlib") from None
     pyplot.switch_backend("agg")  # needs no screen
-    pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False,
+                            "text.parse_math": False})
     figure, axes = pyplot.subplots(*args, layout="constrained", **kwargs)
 
     def save(path):
@@ -263,23 +265,25 @@ def canvas(*args, **kwargs):
     return axes, save
 
 
-def draw_listening(model, features, wave, question, answer, layer, path):
+def draw_listening(model, features, wave, question, answer, path):
     """The clip's spectrogram, and below, for each word of an answer (ids), where in time and in
-    frequency each encoder's tokens had its attention: in one layer, or (0) on average in all."""
+    frequency each encoder's tokens had its attention, on average over heads and layers."""
     said, seconds = words(model.tokenizer, answer), len(wave) / 16000
     heard = listen(model, features, question, answer)
     heights = [1.6] + [0.3 + 0.3 * len(said)] * len(model.encoders)
     (top, *axes), save = canvas(len(heights), sharex=True, figsize=(8, 0.9 + sum(heights)),
                                 height_ratios=heights)
     bank = mel_bank(128, 257, 16000, 20, 8000, "kaldi")  # SSLAM's: 16 rows are one of its bands
-    mel = (power_spectrum(wave[None], torch.hann_window(512), 160)[0] @ bank).clamp(1e-10).log10()
+    power = power_spectrum(F.pad(wave, (0, 512))[None], torch.hann_window(512), 160)[0]
+    mel = (power @ bank).clamp(1e-10).log10()  # (frames, 128)
     top.imshow(mel.T, origin="lower", aspect="auto", cmap="magma", vmin=mel.max() - 5,
-               extent=(0, seconds, 0, 128))
+               extent=(0, len(mel) / 100, 0, 128))
     rows = [16, 48, 80, 112]
-    top.set(title=f"{question}  \u2192  {model.tokenizer.decode(answer).strip()}", ylabel="kHz",
-            yticks=rows, yticklabels=[f"{bank[:, row].argmax() * 16 / 512:.1f}" for row in rows])
+    top.set(ylabel="kHz", yticks=rows,
+            yticklabels=[f"{bank[:, row].argmax() * 16 / 512:.1f}" for row in rows])
+    top.set_title(f"{question}  \u2192  {model.tokenizer.decode(answer).strip()}", wrap=True)
     for ax, (kind, encoder) in zip(axes, model.encoders.items()):
-        weights = heard[kind][layer - 1] if layer else heard[kind].mean(dim=0)  # (tokens, n)
+        weights = heard[kind].mean(dim=0)  # (tokens, n)
         grids = [on_grid(model, kind, weights[which].mean(0), seconds) for _, which in said]
         for i, grid in enumerate(grids):  # (steps, bands) each
             end = len(grid) * encoder.seconds / encoder.grid[0]
@@ -320,11 +324,8 @@ def draw_curves(folder):
     checks = [line for line in lines if "validation" in line]
     (left, right), save = canvas(1, 2, figsize=(10, 3.5))
     for stage, colour in zip(dict.fromkeys(line["stage"] for line in steps), COLOURS.values()):
-        at, loss = zip(*((line["step"], line["loss"]) for line in steps if line["stage"] == stage))
-        left.plot(at, loss, color=colour, alpha=0.3)
-        # each of these stands for the ten around it, of which the ends have fewer
-        smooth = [sum(near) / len(near) for i in range(len(loss)) for near in [loss[max(0, i - 5):i + 5]]]
-        left.plot(at, smooth, color=colour, label=f"stage {stage}")
+        points = [(line["step"], line["loss"]) for line in steps if line["stage"] == stage]
+        left.plot(*zip(*points), ".", color=colour, label=f"stage {stage}")
     left.set(xlabel="step", ylabel="loss", yscale="log")
     left.legend()
     right.plot([line["step"] for line in checks], [line["validation"] for line in checks], "o-",
@@ -359,10 +360,9 @@ class Options:
     top_p: float = option(1.0, "sample among the likeliest tokens of this total probability",
                           low=0.001, high=1)
     seed: int = option(0, "of the sampling")
-    listen: str = option(None, "draw where the answer's attention fell (a .png), with --prompt")
-    layer: int = option(0, "with --listen: the attention in one layer (0: on average in all)")
-    curves: str = option(None, "draw loss and accuracy of a run: its folder, out/MODE; and stop")
-    masks: str = option(None, "draw what sees what in each mode (a .png), and stop")
+    listen: str = option(None, "draw where the attention of the answer fell, a .png")
+    curves: str = option(None, "draw loss and accuracy of a run, given its folder, and stop")
+    masks: str = option(None, "draw what sees what in each mode, a .png, and stop")
     device: str = option("auto", "cpu, cuda, mps or auto")
 
 
@@ -386,8 +386,8 @@ def say(tokenizer, generate):
 def main(o):
     if o.masks or o.curves:
         return draw_masks(o.masks) if o.masks else draw_curves(o.curves)
-    if o.listen and not (o.audio and o.prompt):
-        raise ValueError("--listen draws one answer about one sound: give --audio and --prompt too")
+    if o.listen and not o.audio:
+        raise ValueError("--listen draws an answer about a sound: give --audio too")
     if o.listen:
         canvas()  # before anything slow, as matplotlib may be missing
     if o.llm and (o.audio or o.ckpt):
@@ -405,9 +405,6 @@ def main(o):
     features = [{}]
     if o.audio:
         tell_fit(model, [len(wave) / 16000])
-        if o.layer > model.llm.config.num_hidden_layers:
-            raise ValueError(f"--layer {o.layer}: expected 0 to "
-                             f"{model.llm.config.num_hidden_layers}")
         features = model.features([lambda rate: load_audio(o.audio, rate)])
     cache = model.hear(features)
     past = []  # of a talk; about a sound every question stands alone, as in training
@@ -421,13 +418,11 @@ def main(o):
             eos_id=model.tokenizer.eos_id, seed=o.seed))
         if not o.audio:
             past[:] = ids + new
-        return new
+        if o.listen:
+            draw_listening(model, features[0], wave, question, new, o.listen)
 
     if o.prompt is not None:
-        new = answer(o.prompt)
-        if o.listen:
-            draw_listening(model, features[0], wave, o.prompt, new, o.layer, o.listen)
-        return
+        return answer(o.prompt)
     print("ask; an empty line ends", file=sys.stderr)
     while True:
         try:
