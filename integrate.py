@@ -267,9 +267,10 @@ class AudioLLM(nn.Module):
             else:
                 encoders[kind] = ENCODERS[kind](config)
         tokenizer = read_tokenizer(from_bytes(saved["tokenizer"]))
-        llm = LLM(LLMConfig(**saved["llm"]))
+        with torch.device("meta"):  # no memory for weights that are about to be replaced
+            llm = LLM(LLMConfig(**saved["llm"]))
         model = cls(llm, tokenizer, encoders, saved["mode"], saved["windows"])
-        unread = model.load_state_dict(saved["state"], strict=False)
+        unread = model.load_state_dict(saved["state"], strict=False, assign=True)
         missing = [name for name in unread.missing_keys if not model.is_elsewhere(name)]
         if missing or unread.unexpected_keys:
             raise ValueError(f"{path}: missing {missing}, surprising {unread.unexpected_keys}")

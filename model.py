@@ -75,11 +75,10 @@ def reading(path, what):
         yield
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except KeyError as error:
-        raise ValueError(f"{path}: no {what}: it has no {error}") from None
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: no {what} ({reason})") from None
+        reason = f"it has no {error}" if isinstance(error, KeyError) else reason
+        raise ValueError(f"{path}: no {what} ({reason}); fetch it again, or another") from None
 
 
 def load_tensors(path):
