@@ -596,7 +596,8 @@ def load_encoder(kind, path, dtype=torch.float32):
 
     Its form and sizes are read off its tensors: Whisper of openai/whisper and Hugging Face; SSLAM
     of fairseq, pre-trained and fine-tuned, and Hugging Face; CLAP of laion_clap, fused or not,
-    Hugging Face, and Microsoft 2023. ValueError, one line: which tensor is missing or misshapen.
+    Hugging Face, and Microsoft 2023. Weights become `dtype`, for a GPU perhaps a half one; a file
+    of that type is mapped, not copied. ValueError, one line: what is missing or misshapen.
     """
     tensors = load_tensors(path)
     names = list(tensors)
