@@ -647,6 +647,8 @@ class SentencePieceTokenizer:
         self.pieces = SentencePieceProcessor(model_proto=proto)
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
         self.vocab_size = len(self.pieces)
+        # whose vocabulary has no bracket has never read Llama 2's [INST]: that is our miniature
+        self.plain = self.pieces.is_unknown(self.pieces.piece_to_id("["))
 
     def encode(self, text):
         return self.pieces.encode(text)
@@ -654,10 +656,17 @@ class SentencePieceTokenizer:
     def decode(self, ids):
         return self.pieces.decode(list(ids))
 
-    def chat(self, question, system=""):
-        """See BPETokenizer.chat; this is the format of Llama 2."""
+    def chat(self, question, system="", later=False):
+        """See BPETokenizer.chat; this is the format of Llama 2, and of our miniature."""
+        before, question = [self.eos_id] * later + [self.bos_id], question.strip()
+        if self.plain:
+            return before[:1], self.encode(f"{system} {question}".strip() + "\n")
         system = f"<<SYS>>\n{system.strip()}\n<</SYS>>\n\n" if system else ""
-        return [self.bos_id], self.encode(f"[INST] {system}{question.strip()} [/INST]")
+        return before, self.encode(f"[INST] {system}{question} [/INST]")
+
+    def reply(self, answer):
+        """See BPETokenizer.reply."""
+        return self.encode(" " * self.plain + answer.strip()) + [self.eos_id]
 
 
 # How text is cut before BPE by GPT-2 (and SmolLM2, with each digit alone), Llama 3 and Qwen2.
@@ -783,20 +792,25 @@ class BPETokenizer:
         text = "".join(self.texts.get(i, "") for i in ids)
         return text.translate(BYTES).encode("latin-1").decode("utf-8", "replace")
 
-    def chat(self, question, system=""):
+    def chat(self, question, system="", later=False):
         """Ids of a chat that asks a question, in two parts: all that comes before the question
-        (and the audio that it is about); the question, and what makes the model answer."""
+        (and the audio that it is about); the question, and what makes the model answer.
+        later: the first part closes the answer that it follows, instead of starting a chat."""
         for start, opening, closing in CHATS:
             if opening.split("{}")[0] in self.added:
                 break
         else:
             raise ValueError("this tokenizer has the special tokens of no chat known here")
         ours = functools.partial(self.encode, special=True)  # never for what others wrote
-        before = ours(start)
+        before = ours(closing if later else start)
         if system:
             before += ours(opening.format("system")) + self.encode(system.strip()) + ours(closing)
         return (before + ours(opening.format("user")),
                 self.encode(question.strip()) + ours(closing + opening.format("assistant")))
+
+    def reply(self, answer):
+        """Ids of an answer, as it follows the second part of a chat, and of its end."""
+        return self.encode(answer.strip()) + [self.eos_id]
 
 
 def letters(text):

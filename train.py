@@ -29,7 +29,7 @@ from tqdm import tqdm
 from encoders import load_audio, load_encoder, make_encoder, resample, save_wav
 from integrate import (ROUTES, AudioLLM, from_bytes, load_checkpoint, run, save_atomically, stack,
                        to_bytes)
-from model import LLM, LLMConfig, SentencePieceTokenizer, train_tokenizer
+from model import LLM, LLMConfig, load_tokenizer, read_tokenizer, train_tokenizer
 from sample import command_line, option, pick_device, read_items, tell_fit
 
 # ----------------------------------------------------------------------------- the listening world
@@ -268,6 +268,10 @@ TASKS = {"what": "classification", "who": "classification", "describe": "caption
 NUMBERS = "zero one two three four five".split()
 
 
+def a(noun):
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
 def questions(scene, rng):
     """Every question that has one right answer here, each in a phrasing drawn from rng.
 
@@ -277,9 +281,6 @@ def questions(scene, rng):
     speech = scene["domain"] == "speech"
     names = [name for name, _, _ in scene["events"]]
     asked = []
-
-    def a(noun):
-        return ("an " if noun[0] in "aeiou" else "a ") + noun
 
     def draw(choices):
         return choices[rng.integers(len(choices))]
@@ -318,10 +319,11 @@ def questions(scene, rng):
 
 
 def checklist(s, dice):
-    """Was it there, what came after it: as some questions ask, in the fewest words.
+    """Was it there, what came after it: pairs of what some questions ask and the answer.
 
-    A word that is answered on the spot teaches to look back for it. From whole sentences, with the
-    answer at their end, a small LLM would learn that only after hours.
+    Most are asked in the fewest words, as a word that is answered on the spot teaches to look back
+    for it; from whole sentences, with the answer at their end, a small LLM would learn that only
+    after hours. The few whole sentences teach to carry the answer to their end.
     """
     names = [name for name, _, _ in s["events"]]
     every = SYLLABLES if s["domain"] == "speech" else list(KINDS)
@@ -329,7 +331,10 @@ def checklist(s, dice):
     for _ in range(4):
         yes = dice.random() < 0.5
         x = dice.choice(names if yes else [name for name in every if name not in names])
-        checks.append((f" {x}", "yes" if yes else "no"))
+        short = dice.random() < 0.75
+        noun = x if s["domain"] == "speech" else a(x)
+        whole = dice.choice(PHRASINGS["present"].split("|")).format(x=noun) + "\n"
+        checks.append((f" {x}" if short else whole, "yes" if yes else "no"))
     once = [i for i, name in enumerate(names[:-1]) if names.count(name) == 1]
     for i in dice.permutation(once)[:2]:
         checks.append((f" after {names[i]}", names[i + 1]))
@@ -393,13 +398,13 @@ def with_ids(model, items):
 def conversation(tokenizer, pairs):
     """Token ids of prompts and answers in turn, and the weight of each: an answer's sum to one, so
     that a yes counts as much as a caption, and a prompt's are zero, as it is not for the model to
-    say. An answer to a whole line ends with end of text."""
+    say. A prompt that is a whole line is a question of a chat; others are answered on the spot."""
     ids, weights = [], []
     for prompt, answer in pairs:
-        prompt = tokenizer.encode(prompt)
-        answer = tokenizer.encode(" " + answer.strip())
-        if pairs[0][0].endswith("\n"):
-            answer.append(tokenizer.eos_id)
+        if prompt.endswith("\n"):
+            prompt, answer = tokenizer.chat(prompt)[1], tokenizer.reply(answer)
+        else:
+            prompt, answer = tokenizer.encode(prompt), tokenizer.encode(" " + answer.strip())
         ids += prompt + answer
         weights += [0.0] * len(prompt) + [1 / len(answer)] * len(answer)
     return ids, weights
@@ -722,10 +727,11 @@ def prepare(o):
 BASE = "prepared parts 1"
 
 
-def load_base(path, mode, windows, sources=None):
+def load_base(path, mode, windows, sources=None, folder=None):
     """An AudioLLM of the prepared parts, with new connectors.
 
     sources: {kind: path} of real encoders, which then take the place of all miniatures.
+    folder: of a real LLM, which takes the place of the small one.
     """
     saved = load_checkpoint(path, BASE)
     try:
@@ -736,7 +742,9 @@ def load_base(path, mode, windows, sources=None):
     except (KeyError, TypeError, RuntimeError) as e:
         raise ValueError(f"{path}: made by another version of this code; make it anew with "
                          f"--prepare ({e})") from None
-    tokenizer = SentencePieceTokenizer(from_bytes(saved["tokenizer"]))
+    tokenizer = read_tokenizer(from_bytes(saved["tokenizer"]))
+    if folder:
+        llm, tokenizer = LLM.from_pretrained(folder), load_tokenizer(folder)
     real = {kind: load_encoder(kind, source) for kind, source in (sources or {}).items() if source}
     return AudioLLM(llm, tokenizer, real or encoders, mode, windows)
 
@@ -753,7 +761,7 @@ class Stage:
 
 def curriculum(o):
     """The paper's three stages in miniature (PAPER: version 1, section on training)."""
-    lr = o.lr or LEARNING_RATES[o.mode]
+    lr = o.lr or (REAL_LLM_RATE if o.llm else LEARNING_RATES[o.mode])
     both = {"connectors": 3 * lr, "llm": lr}  # the connectors are new, the LLM knows something
     return (Stage("1", {"connectors": 3e-3}, ("classification",), o.steps1),
             Stage("2", both, ("classification", "reasoning", "checklist"), o.steps2),
@@ -762,6 +770,7 @@ def curriculum(o):
 
 # from a sweep, see the README
 LEARNING_RATES = {"plits": 1e-3, "lal": 1e-3, "pal": 1e-3}
+REAL_LLM_RATE = 1e-4  # LTU's, for an LLM that has much to forget
 
 
 @dataclass(frozen=True)
@@ -772,21 +781,23 @@ class Options:
     audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
     out: str = option(None, "folder of the checkpoint and metrics.jsonl (default: out/MODE)")
     base: str = option("assets/base.pt", "the prepared encoders and LLM")
+    llm: str = option(None, "folder of a real LLM, Llama or Qwen2; it replaces the small one")
     whisper: str = option(None, "a public Whisper checkpoint; real encoders replace the miniatures")
     sslam: str = option(None, "a public SSLAM or EAT checkpoint")
     clap: str = option(None, "a public CLAP checkpoint")
     seed: int = option(0, "of the world, the connectors and the order of the questions")
-    clips: int = option(4000, "training clips of the listening world", low=1)
+    clips: int = option(4500, "training clips of the listening world", low=1)
     test_clips: int = option(200, "test clips of the listening world, about nine questions each",
                              low=1)
     batch: int = option(32, "questions a step", low=1)
     steps1: int = option(200, "steps of stage 1: connectors alone, classification")
     steps2: int = option(500, "steps of stage 2: LLM and connectors, closed questions")
-    steps3: int = option(1500, "steps of stage 3: LLM and connectors, all questions")
-    lr: float = option(0.0, "peak rate of the LLM, a third of the connectors' (0: the mode's own)")
+    steps3: int = option(1800, "steps of stage 3: LLM and connectors, all questions")
+    lr: float = option(0.0, "peak rate of the LLM, a third of the connectors'; 0: the mode's own, "
+                            f"or with --llm {REAL_LLM_RATE:g}")
     device: str = option("auto", "cpu, cuda, mps or auto")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
-    read_steps: int = option(2000, "with --prepare: steps of the LLM's reading")
+    read_steps: int = option(3000, "with --prepare: steps of the LLM's reading")
     hear_clips: int = option(3000, "with --prepare: clips the encoders learn from", low=1)
     hear_steps: int = option(750, "with --prepare: steps of Whisper, and half of SSLAM's")
 
@@ -799,7 +810,7 @@ def main(o):
         raise ValueError("--val-data and --audio-root say more about --data, which is missing")
     torch.manual_seed(o.seed)
     sources = {kind: getattr(o, kind) for kind in WINDOWS}
-    model = load_base(o.base, o.mode, WINDOWS, sources)
+    model = load_base(o.base, o.mode, WINDOWS, sources, o.llm)
     if o.data:
         train_data = own(o.data, o.audio_root)
         val_data = test_data = own(o.val_data, o.audio_root) if o.val_data else train_data
