@@ -191,8 +191,7 @@ class AudioLLM(nn.Module):
             waves = [s[encoder.rate][:window] for s in sampled]
             front = torch.cat([encoder.front_end(w[None].to(self.device)) for w in waves])
             for features, wave, tokens in zip(out, waves, encoder(front)):
-                steps = encoder.tokens(len(wave) / encoder.rate)
-                kept = tokens[encoder.extra:][:steps * encoder.grid[1]]
+                kept = tokens[encoder.extra:encoder.tokens(len(wave) / encoder.rate)]
                 features[kind] = pool(kept, self.windows[kind]).float().cpu()
         return out
 
