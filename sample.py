@@ -221,7 +221,7 @@ def on_grid(model, kind, weights, seconds):
     """Weights (..., n) of what an encoder told of a clip -> (..., steps, bands) of its grid, a step
     each encoder.seconds / grid[0]: those that were averaged into one token share its weight."""
     encoder = model.encoders[kind]
-    steps, bands = encoder.tokens(seconds), encoder.grid[1]
+    steps, bands = encoder.steps(seconds), encoder.grid[1]
     pooled = torch.arange(steps * bands) // model.windows[kind]  # the token each one went into
     return (weights[..., pooled] / pooled.bincount()[pooled]).unflatten(-1, (steps, bands))
 

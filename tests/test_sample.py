@@ -375,7 +375,7 @@ def test_a_tokens_weight_lands_where_the_token_was_made(checkpoint, seconds):
     """on_grid shares a pooled token's weight among just those places whose tokens it averages."""
     model = AudioLLM.load(checkpoint)
     for kind, encoder in model.encoders.items():
-        steps, bands = encoder.tokens(seconds), encoder.grid[1]
+        steps, bands = encoder.steps(seconds), encoder.grid[1]
         n = steps * bands
         # token i alone holds a one at i: the pooled ones show where each of theirs came from
         pooled = pool(torch.eye(n), model.windows[kind])
