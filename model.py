@@ -491,7 +491,8 @@ class Decoder(nn.Module):
 
     def forward(self, x, positions=None, cache=None):
         """x (B, T, D) -> (B, T, D). See LLM.forward for positions and cache."""
-        cache_is_empty = cache is None or all(p is None for p in cache.positions)
+        own = range(len(self.layers))  # a cache may have more layers, for others to use
+        cache_is_empty = cache is None or all(cache.positions[i] is None for i in own)
         in_order = positions is None
         if in_order:
             positions, after = place(0 if cache is None else cache.next, x.shape[1])
@@ -500,7 +501,7 @@ class Decoder(nn.Module):
         positions = positions.to(x.device)
         masks = {}  # one for every distinct set of keys: a single one, unless layers were left out
         if cache is not None:
-            cache.extend(positions)
+            cache.extend(positions, own)
             cache.plain = cache.plain and in_order
             cache.next = after
         if in_order and cache_is_empty:
