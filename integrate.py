@@ -277,14 +277,13 @@ class LFST(QFormer):
         (T, bands), masks, ends = self.shape, [], []
         for x, n, (steps, own, share) in zip(features, lengths, self.spans):
             heard = there(x, n).unflatten(1, (-1, own))[..., 0]  # (B, steps up to the longest's)
-            time = near(T, share * middles(steps)[:heard.shape[1]].to(x.device), heard)
-            band = near(bands, middles(own).to(x.device), heard.new_ones(1, own))
+            time = near(T, steps, share, heard)
+            band = near(bands, own, 1, heard.new_ones(1, own))
             mask = time[:, :, None, :, None] & band[:, None, :, None]  # (B, T, bands, steps, own)
             masks.append(mask.flatten(3).flatten(1, 2))
             ends.append((T * heard.sum(1) / steps * share).ceil())  # (B,)
-        latents = self.queries.expand(T * bands, -1)
-        x = self.listen(latents, features, torch.cat(masks, dim=2)[:, None])  # (B, T bands, D)
-        x = x.unflatten(1, (T, bands))
+        latents, mask = self.queries.expand(T * bands, -1), torch.cat(masks, dim=2)[:, None]
+        x = self.listen(latents, features, mask).unflatten(1, (T, bands))  # (B, T, bands, D)
         x = torch.cat([x, self.newline.expand(len(x), T, 1, -1)], dim=2)
         kept = torch.stack(ends).amax(0).long()  # (B,) time steps
         x = x[:, :kept.max()].flatten(1, 2)  # (B, (bands + 1) kept, D)
@@ -296,18 +295,16 @@ def there(x, lengths):
     return (place(0, x.shape[1], lengths)[0] < FAR).to(x.device).expand(len(x), -1)
 
 
-def middles(n):
-    return (torch.arange(n, dtype=torch.float64) + 0.5) / n  # of n equal parts of 0..1
-
-
-def near(places, centres, heard):
-    """(B, places, n) bool: which of the centres (n,) in 0..1, if heard (B, n), lie in each of so
-    many equal parts of 0..1; where none does, the nearest."""
-    left = torch.arange(places + 1, device=centres.device)[:, None] / places
-    inside = (left[:-1] <= centres) & (centres < left[1:]) & heard[:, None]
-    far = ((left[:-1] + left[1:]) / 2 - centres).abs().where(heard[:, None], torch.inf)
-    nearest = F.one_hot(far.argmin(-1), len(centres)).bool()
-    return inside.where(inside.any(-1, keepdim=True), nearest)
+def near(places, count, share, heard):
+    """(B, places, n) bool: the places are equal parts of 0..1, and which of the centres of `count`
+    equal parts of 0..share, if heard (B, n), lie in each; where none does, the nearest."""
+    centres = (torch.arange(heard.shape[1], dtype=torch.float64) + 0.5) / count * share
+    edges = torch.arange(places + 1, dtype=torch.float64)[:, None] / places
+    inside = (edges[:-1] <= centres) & (centres < edges[1:])
+    far = ((edges[:-1] + edges[1:]) / 2 - centres).abs().to(heard.device)
+    nearest = far.where(heard[:, None], torch.inf).argmin(-1)
+    inside = inside.to(heard.device) & heard[:, None]
+    return inside.where(inside.any(-1, keepdim=True), F.one_hot(nearest, len(centres)).bool())
 
 
 # ----------------------------------------------------------------------------- the whole thing
@@ -325,24 +322,22 @@ class AudioLLM(nn.Module):
             raise ValueError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
         self.llm, self.tokenizer, self.mode, self.arm = llm, tokenizer, mode, arm
         self.encoders = nn.ModuleDict({k: encoders[k] for k in ENCODERS if k in encoders})
-        joint = [kind for kind in self.encoders if kind != "whisper"]
-        if arm.connector != "lfst" and (arm.connector != "auto" or len(joint) < 2):
-            joint = []
-        elif not joint:
+        general = [kind for kind in self.encoders if kind != "whisper"]
+        if arm.connector == "lfst" and not general:
             raise ValueError("connector lfst: needs sslam or clap, and there is neither")
-        # each connector's name and the encoders that it joins
-        self.joins = {kind: [kind] for kind in self.encoders if kind not in joint}
-        self.joins |= {"lfst": joint} if joint else {}
-        self.windows = dict(windows) | dict.fromkeys(joint, 1)
+        if not (arm.connector == "lfst" or arm.connector == "auto" and len(general) == 2):
+            general = []  # each has its own connector; else LFST joins them
+        self.windows = dict(windows) | dict.fromkeys(general, 1)
+        self.joins = {kind: [kind] for kind in self.encoders if kind not in general}
+        self.joins |= {"lfst": general} if general else {}
         self.connectors = nn.ModuleDict()
         for name, kinds in self.joins.items():
             kind = QFormer if arm.connector == "qformer" else MLPConnector
             self.connectors[name] = (LFST if name == "lfst" else kind)(
                 [encoders[k] for k in kinds], llm.config.hidden_size, arm)
-        routes = ROUTES.get(mode, {})
-        self.routes = {name: routes.get(kinds[0]) for name, kinds in self.joins.items()}
+        self.routes = ROUTES.get(mode, dict.fromkeys(ENCODERS, mode))
         self.layers = pick_layers(arm.lal_layers, llm.config.num_hidden_layers)
-        if (self.layers or arm.audio_rope == "off") and "lal" not in self.routes.values():
+        if (self.layers or arm.audio_rope == "off") and "lal" not in map(self.routes.get, encoders):
             raise ValueError(f"lal-layers, audio-rope: in mode {mode} nothing here goes LAL's way")
         self.cache_layers = llm.config.num_hidden_layers
         if mode == "flamingo":
@@ -402,7 +397,7 @@ class AudioLLM(nn.Module):
         out = [("plits", self.llm.embed(before), None)]
         for name, kinds in self.joins.items() if any(features) else ():
             stacks = [stack([f[kind] for f in features], self.device) for kind in kinds]
-            out.append((self.routes[name], *self.connectors[name](*zip(*stacks))))
+            out.append((self.routes[kinds[0]], *self.connectors[name](*zip(*stacks))))
         return out
 
     def read(self, features, text=(), cache=None):
