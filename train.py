@@ -853,8 +853,8 @@ class Options:
                              choices=("on", "off"))
     flamingo_every: int = option(Arm.flamingo_every, "flamingo: a layer that listens before every "
                                                      "so many of the LLM's", low=1, high=9999)
-    freeze: str = option("none", "what of the LLM is never trained: none, ffn (its feed-forward "
-                                 "weights) or llm (all of it)", choices=("none", "ffn", "llm"))
+    freeze: str = option("none", "what of the LLM is never trained: ffn (its MLPs) or llm (all)",
+                         choices=("none", "ffn", "llm"))
     data: str = option(None, "your own questions, a JSON list or JSONL; else the listening world")
     val_data: str = option(None, "questions to score on, with --data")
     audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
