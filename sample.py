@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from encoders import load_audio
 from integrate import AudioLLM
@@ -165,6 +166,39 @@ def tell_fit(model, seconds):
         if shorter:
             print(f"{kind} hears {window:g} s: silence is added to {shorter} of {len(seconds)} "
                   f"clips (the shortest has {min(seconds):.2f} s)", file=sys.stderr)
+
+
+def ask_all(model, features, asked, batch=256, **sampling):
+    """The answers to a list of (clip, question). Each clip is heard once, then asked all of its
+    questions; no more than `batch` clips, and then questions, are held at a time.
+
+    features: a function from a list of clips to theirs, as AudioLLM.features gives them.
+    """
+    model.eval()
+    found, by_clip = [None] * len(asked), {}
+    for i, (clip, _) in enumerate(asked):
+        by_clip.setdefault(clip, []).append(i)
+    clips = list(by_clip)
+    for at in tqdm(range(0, len(clips), batch), desc="answers", leave=False, mininterval=1):
+        cache = model.hear(features(clips[at:at + batch]))
+        rows = [(r, i) for r, clip in enumerate(clips[at:at + batch]) for i in by_clip[clip]]
+        for start in range(0, len(rows), batch):
+            some, which = map(list, zip(*rows[start:start + batch]))
+            questions = [asked[i][1] for i in which]
+            for i, text in zip(which, model.ask(cache, questions, some, **sampling)):
+                found[i] = text
+    return found
+
+
+def wrong_clips(domain):
+    """For each clip of {clip: its domain} another one: the next of the same domain, so that it is
+    wrong in nothing but its content. The only clip of a domain gets one of another, if any is."""
+    other = {}
+    for d in set(domain.values()):
+        clips = [c for c in domain if domain[c] == d]
+        strange = [c for c in domain if domain[c] != d][:1]
+        other |= dict(zip(clips, clips[1:] + clips[:1] if len(clips) > 1 else strange))
+    return other
 
 
 def newest_checkpoint():
