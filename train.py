@@ -512,8 +512,9 @@ def train(model, stages, train_set, val_set, o, log):
 
 def answers(model, features, items, clip_of=lambda item: item["clip"]):
     """The model's answer to every item, by the features of its clip."""
-    asked = [(clip_of(item), item["instruction"]) for item in items]
-    return ask_all(model, lambda clips: [features[c] for c in clips], asked)
+    asked = [(clip_of(item), item["instruction"], ()) for item in items]
+    found = ask_all(model, lambda clips: [features[c] for c in clips], asked)
+    return [text for text, _ in found]
 
 
 def score(model, features, items):
