@@ -198,11 +198,11 @@ def ask_all(model, features, asked, batch=256, **sampling):
         rows = [(r, i) for r, clip in enumerate(clips[at:at + batch]) for i in by_clip[clip]]
         for start in range(0, len(rows), batch):
             some, which = map(list, zip(*rows[start:start + batch]))
-            questions, choices = [asked[i][1] for i in which], [asked[i][2] for i in which]
+            _, questions, choices = zip(*(asked[i] for i in which))
             texts = model.ask(cache, questions, some, **sampling)
-            for i, *pair in zip(which, texts, likeliest(model, cache, questions, choices, some,
-                                                        batch)):
-                found[i] = pair
+            likely = likeliest(model, cache, questions, choices, some, batch)
+            for i, text, choice in zip(which, texts, likely):
+                found[i] = text, choice
     return found
 
 
@@ -346,24 +346,19 @@ def bootstrap(clips, values, weights, groups, draws=1000):
 
 
 def print_scores(items, given):
-    """Print and return {(dataset, task, measure): {column: (score, low, high)}}. given: {column:
-    (answer, likeliest choice) for each item}."""
-    rows, table = {}, {}
-    for i, item in enumerate(items):
-        rows.setdefault((item["dataset"], item["task"]), []).append(i)
-    print(f"{'dataset':<16}{'task':<16}{'questions':>10}  {'measure':<28}"
+    """Print each measure by dataset and task. given: {column: `found` of all items}."""
+    print(f"{'dataset':<16}{'task':<16}{'questions':>9}  {'measure':<29}"
           + "".join(f"{column:<24}" for column in given))
-    for (dataset, task), which in sorted(rows.items()):
+    for dataset, task in sorted({(item["dataset"], item["task"]) for item in items}):
+        which = [i for i, item in enumerate(items)
+                 if (item["dataset"], item["task"]) == (dataset, task)]
         some = [items[i] for i in which]
-        clips = [str(item["audio"]) for item in some]
-        for column, found in given.items():
-            for name, parts in measures(task, some, [found[i] for i in which]).items():
-                table.setdefault((dataset, task, name), {})[column] = bootstrap(clips, *parts)
-        for (d, t, name), row in table.items():
-            if (d, t) == (dataset, task):
-                print(f"{d:<16}{t:<16}{len(which):>10}  {name:<28}" + "".join(
-                    f"{f'{s:.3f} [{low:.3f}, {high:.3f}]':<24}" for s, low, high in row.values()))
-    return table
+        columns = [measures(task, some, [found[i] for i in which]) for found in given.values()]
+        for name in columns[0]:
+            cells = [bootstrap([str(item["audio"]) for item in some], *column[name])
+                     for column in columns]
+            print(f"{dataset:<16}{task:<16}{len(which):>9}  {name:<29}" + "".join(
+                f"{f'{s:.3f} [{low:.3f}, {high:.3f}]':<24}" for s, low, high in cells))
 
 
 def score_list(model, o):
@@ -371,12 +366,15 @@ def score_list(model, o):
     items, seconds = read_items(o.data, o.audio_root), {}
     if o.out and (Path(o.out).is_dir() or Path(o.out).resolve() == Path(o.data).resolve()):
         raise ValueError(f"--out {o.out}: is a folder, or the list itself: name a new file")
-    for dataset in {item["dataset"] for item in items}:
-        some = [item for item in items
-                if item["task"] == "classification" and item["dataset"] == dataset]
-        labels = sorted({item["output"] for item in some})
-        for item in some:
-            item["choices"] = item["choices"] or labels
+    labels, first = {}, {}  # of each dataset; the first item about each clip
+    for i, item in enumerate(items):
+        first.setdefault(item["audio"], i)
+        if item["task"] == "classification":
+            labels.setdefault(item["dataset"], set()).add(item["output"])
+    labels = {dataset: sorted(outputs) for dataset, outputs in labels.items()}
+    for item in items:
+        if item["task"] == "classification":
+            item["choices"] = item["choices"] or labels[item["dataset"]]
 
     def sound(i, rate):
         try:
@@ -386,18 +384,15 @@ def score_list(model, o):
         seconds[i] = len(wave) / rate
         return wave
 
-    def silence(i, rate):
-        return torch.zeros_like(sound(i, rate))
-
-    first = {}  # of the items about a clip
-    for i, item in enumerate(items):
-        first.setdefault(item["audio"], i)
     clips = {path: partial(sound, i) for path, i in first.items()}
     columns = {"model": clips}
     if o.controls:
         other = wrong_clips({item["audio"]: item["dataset"] for item in items})
-        columns["deaf"] = {path: partial(silence, i) for path, i in first.items()}
-        columns |= {"wrong clip": {path: clips[other[path]] for path in first}} if other else {}
+        # silence of the same length; a list about one clip alone has no wrong clip
+        columns["deaf"] = {path: lambda rate, clip=clip: torch.zeros_like(clip(rate))
+                           for path, clip in clips.items()}
+        if other:
+            columns["wrong clip"] = {path: clips[other[path]] for path in clips}
     asked = [(column[item["audio"]], item["instruction"], item["choices"])
              for column in columns.values() for item in items]
     found = ask_all(model, model.features, asked, o.batch, max_new_tokens=o.max_new_tokens,
@@ -409,8 +404,8 @@ def score_list(model, o):
                 for item, (answer, _) in zip(items, found)]
         save_atomically(o.out, json.dumps(told, indent=1, ensure_ascii=False).encode(),
                         lambda text, file: file.write(text))
-    return print_scores(items, {column: found[at * len(items):(at + 1) * len(items)]
-                                for at, column in enumerate(columns)})
+    starts = range(0, len(found), len(items))
+    print_scores(items, {name: found[at:at + len(items)] for name, at in zip(columns, starts)})
 
 
 def newest_checkpoint():

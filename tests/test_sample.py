@@ -76,8 +76,9 @@ def test_a_json_list_and_json_lines_are_the_same(sounds):
     items = read_items(sounds / "q.json")
     assert items == read_items(sounds / "q.jsonl")
     assert items == read_items(sounds / "more" / "q.json", sounds)
-    assert items[0] == {"audio": sounds / "a.wav", "audio_id": "a.wav", "instruction": "What is it?",
-                        "output": "a dog", "task": "question", "dataset": "q", "choices": []}
+    assert items[0] == {"audio": sounds / "a.wav", "audio_id": "a.wav", "output": "a dog",
+                        "instruction": "What is it?", "task": "question", "dataset": "q",
+                        "choices": []}
     assert (items[1]["task"], items[1]["dataset"]) == ("t", "d")
     assert items[2]["output"] == raw[2]["output"].strip()
 
@@ -332,7 +333,7 @@ def test_captions_and_transcripts_are_scored_as_the_reference_packages_do():
 
 
 def test_words_are_lower_case_and_without_punctuation():
-    assert sample.plain('"Don\'t!" - he SAID; a hi-hat...') == ["don't", "he", "said", "a", "hi-hat"]
+    assert sample.plain('"Don\'t!" - SAID a hi-hat...') == ["don't", "said", "a", "hi-hat"]
 
 
 def test_labels_count_alike_in_the_macro_average_however_rare():
@@ -374,7 +375,8 @@ def test_the_likeliest_choice_is_that_of_each_choice_alone(checkpoint, batch):
             ids = torch.tensor([prompt + reply])
             with torch.no_grad():
                 logits = model.llm(ids, cache=model.hear([features[row]]))[0, len(prompt) - 1:-1]
-            loss.append(torch.nn.functional.cross_entropy(logits, ids[0, len(prompt):]) * len(reply))
+            p = logits.log_softmax(dim=-1).gather(1, ids[0, len(prompt):, None])
+            loss.append(-p.sum().item())
         want.append(some[int(np.argmin(loss))] if some else None)
     cache = model.hear(features)
     assert sample.likeliest(model, cache, asked, choices, rows, batch) == want
