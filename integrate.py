@@ -191,8 +191,7 @@ class AudioLLM(nn.Module):
             waves = [s[encoder.rate][:window] for s in sampled]
             front = torch.cat([encoder.front_end(w[None].to(self.device)) for w in waves])
             for features, wave, tokens in zip(out, waves, encoder(front)):
-                steps = encoder.tokens(len(wave) / encoder.rate)
-                kept = tokens[encoder.extra:][:steps * encoder.grid[1]]
+                kept = tokens[encoder.extra:encoder.tokens(len(wave) / encoder.rate)]
                 features[kind] = pool(kept, self.windows[kind]).float().cpu()
         return out
 
@@ -267,9 +266,10 @@ class AudioLLM(nn.Module):
             else:
                 encoders[kind] = ENCODERS[kind](config)
         tokenizer = read_tokenizer(from_bytes(saved["tokenizer"]))
-        llm = LLM(LLMConfig(**saved["llm"]))
+        with torch.device("meta"):  # no memory for weights that are about to be replaced
+            llm = LLM(LLMConfig(**saved["llm"]))
         model = cls(llm, tokenizer, encoders, saved["mode"], saved["windows"])
-        unread = model.load_state_dict(saved["state"], strict=False)
+        unread = model.load_state_dict(saved["state"], strict=False, assign=True)
         missing = [name for name in unread.missing_keys if not model.is_elsewhere(name)]
         if missing or unread.unexpected_keys:
             raise ValueError(f"{path}: missing {missing}, surprising {unread.unexpected_keys}")
