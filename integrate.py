@@ -512,13 +512,13 @@ def from_bytes(tensor):
     return tensor.numpy().tobytes()
 
 
-def save_atomically(path, what):
-    """torch.save under a temporary name, then rename: `path` is always whole, old or new."""
+def save_atomically(path, what, write=torch.save):
+    """write(what, file) under a temporary name, then rename: `path` is always whole, old or new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:  # ours, so that a full disk is an OSError and not torch's
-        torch.save(what, file)
+        write(what, file)
     os.replace(temporary, path)
 
 

@@ -4,23 +4,29 @@
     python sample.py --audio out/demo/0.wav            # hears it once, answers many questions
     python sample.py --llm SmolLM2-135M-Instruct       # talks to an LLM that hears nothing
     python sample.py --audio out/demo/0.wav --prompt "What do you hear?" --listen out/listen.png
+    python sample.py --data out/demo/questions.json --out predictions.json   # answers and scores
 
 Also here, because train.py and bench.py need them too: LTU-style lists of questions, and
 command-line options made from the fields of a dataclass.
 """
 import argparse
 import json
+import math
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
 
 from encoders import load_audio, mel_bank, power_spectrum
-from integrate import ROUTES, AudioLLM, MLPConnector
+from integrate import ROUTES, AudioLLM, MLPConnector, run, save_atomically, stack
 from model import LLM, load_tokenizer, rotate, visibility
 
 
@@ -101,8 +107,9 @@ def read_items(path, audio_root=None):
     """Read an LTU-style JSON list, or JSONL, of {audio_id, instruction, output, ...}.
 
     audio_id is a path relative to audio_root (default: the file's own folder). An `input`, if there
-    is one, is added to the instruction. Returns dicts with audio (Path), instruction, output, task
-    and dataset. ValueError names the item and what is wrong with it. Format: LTU's OpenAQA.
+    is one, is added to the instruction. `choices`, if there are any, are texts, the output one of
+    them. Returns dicts with audio (Path), audio_id, instruction, output, task, dataset, choices.
+    ValueError names the item and what is wrong with it. Format: LTU's OpenAQA.
     """
     path = Path(path)
     root = Path(audio_root) if audio_root else path.parent
@@ -118,13 +125,19 @@ def read_items(path, audio_root=None):
             # half of a cut emoji is valid JSON, but no character
             if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
                 raise ValueError(f"{path}: the field {name!r} of item {i} is not text")
+        choices = raw.get("choices") or []
+        if choices and (not isinstance(choices, list) or raw["output"] not in choices
+                        or not all(isinstance(c, str) and c.strip() for c in choices)):
+            raise ValueError(f"{path}: the field 'choices' of item {i} is not a list of texts that "
+                             "has its output among them")
         audio = root / raw["audio_id"]
         if not audio.is_file():
             raise ValueError(f"{path}: item {i}: no such audio file: {audio}")
         question = f"{raw['instruction'].strip()} {raw.get('input') or ''}".strip()
-        items.append({"audio": audio, "instruction": question, "output": raw["output"].strip(),
-                      "task": raw.get("task") or "question",
-                      "dataset": raw.get("dataset") or path.stem})
+        items.append({"audio": audio, "audio_id": raw["audio_id"], "instruction": question,
+                      "output": raw["output"].strip(), "task": raw.get("task") or "question",
+                      "dataset": raw.get("dataset") or path.stem,
+                      "choices": [c.strip() for c in choices]})
     return items
 
 
@@ -167,6 +180,233 @@ def tell_fit(model, seconds):
         if shorter:
             print(f"{kind} hears {window:g} s: silence is added to {shorter} of {len(seconds)} "
                   f"clips (the shortest has {min(seconds):.2f} s)", file=sys.stderr)
+
+
+def ask_all(model, features, asked, batch=256, **sampling):
+    """The answers to a list of (clip, question, choices): pairs of a text and the likeliest of the
+    choices, None if there are none. Each clip is heard once, then asked all of its questions; no
+    more than `batch` clips, and then questions or choices, are held at a time.
+
+    features: a function from a list of clips to theirs, as AudioLLM.features gives them.
+    """
+    model.eval()
+    found, by_clip = [None] * len(asked), {}
+    for i, (clip, *_) in enumerate(asked):
+        by_clip.setdefault(clip, []).append(i)
+    clips = list(by_clip)
+    for at in tqdm(range(0, len(clips), batch), desc="answers", leave=False, mininterval=1):
+        cache = model.hear(features(clips[at:at + batch]))
+        rows = [(r, i) for r, clip in enumerate(clips[at:at + batch]) for i in by_clip[clip]]
+        for start in range(0, len(rows), batch):
+            some, which = map(list, zip(*rows[start:start + batch]))
+            _, questions, choices = zip(*(asked[i] for i in which))
+            texts = model.ask(cache, questions, some, **sampling)
+            likely = likeliest(model, cache, questions, choices, some, batch)
+            for i, text, choice in zip(which, texts, likely):
+                found[i] = text, choice
+    return found
+
+
+@torch.no_grad()
+def likeliest(model, cache, questions, choices, rows, batch):
+    """For each question about clip rows[i] of the cache the choice (None: it has none) that is the
+    likeliest as the whole answer: the largest sum of log p(token), the end of the answer included.
+    """
+    llm, scores = model.llm, [[] for _ in questions]
+    pairs = [(i, model.tokenizer.reply(c)) for i, some in enumerate(choices) for c in some]
+    if not pairs:
+        return [None] * len(questions)
+    prompts = [model.tokenizer.chat(q)[1] for q in questions]
+    ids, lengths = stack([torch.tensor(p[:-1], device=model.device) for p in prompts])
+    cache = cache.fork(rows, ids.shape[1])  # reads every question once, for all of its choices
+    run(llm, [("plits", llm.embed(ids), lengths)], cache)
+    for at in range(0, len(pairs), batch):
+        some = pairs[at:at + batch]
+        ids, lengths = stack([torch.tensor(prompts[i][-1:] + reply[:-1], device=model.device)
+                              for i, reply in some])
+        targets = nn.utils.rnn.pad_sequence([torch.tensor(reply) for _, reply in some],
+                                            batch_first=True, padding_value=-100)  # left out
+        hidden = run(llm, [("plits", llm.embed(ids), lengths)],
+                     cache.fork([i for i, _ in some], ids.shape[1]))
+        losses = F.cross_entropy(llm.head(hidden).transpose(1, 2), targets.to(model.device),
+                                 reduction="none").sum(dim=1)  # (B, T) -> (B,)
+        for (i, _), loss in zip(some, losses.tolist()):
+            scores[i].append(loss)
+    return [c[np.argmin(loss)] if c else None for c, loss in zip(choices, scores)]
+
+
+def wrong_clips(domain):
+    """For each clip of {clip: its domain} another one: the next of the same domain, so that it is
+    wrong in nothing but its content. The only clip of a domain gets one of another, if any is."""
+    other = {}
+    for d in set(domain.values()):
+        clips = [c for c in domain if domain[c] == d]
+        strange = [c for c in domain if domain[c] != d][:1]
+        other |= dict(zip(clips, clips[1:] + clips[:1] if len(clips) > 1 else strange))
+    return other
+
+
+# -------------------------------------------------------------------------------------- scores
+
+def plain(text):
+    """Lower-cased words without punctuation; an apostrophe or a hyphen inside a word stays."""
+    return re.findall(r"\w+(?:['’-]\w+)*", text.lower())
+
+
+def overlap(a, b):
+    """F1 of the words of two texts, as SQuAD has it (Rajpurkar et al. 2016), articles kept."""
+    a, b = Counter(plain(a)), Counter(plain(b))
+    return 2 * (a & b).total() / max(1, a.total() + b.total())
+
+
+def edits(said, written):
+    """The fewest insertions, deletions and substitutions between lists of words (Levenshtein)."""
+    row = list(range(len(written) + 1))
+    for i, word in enumerate(said, 1):
+        corner, row[0] = row[0], i
+        for j, other in enumerate(written, 1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (word != other))
+    return row[-1]
+
+
+def cider_d(said, written, clips):
+    """CIDEr-D of each caption said, given all that were written about the same clip. Lists of
+    words; clips says which clip each is about. Vedantam, Zitnick and Parikh 2015, in the form of
+    pycocoevalcap: n-grams up to 4, sigma 6, times 10. With a single clip all are 0."""
+    def counts(words):
+        return [Counter(zip(*(words[i:] for i in range(n)))) for n in (1, 2, 3, 4)]
+
+    def vectors(words):  # tf idf; a word of no reference is as rare as a word of one
+        return [{g: k * math.log(len(references) / max(1, clips_with[g])) for g, k in part.items()}
+                for part in counts(words)]
+
+    references = {}
+    for words, clip in zip(written, clips):
+        references.setdefault(clip, []).append(words)
+    clips_with = Counter(g for refs in references.values()
+                         for g in {g for words in refs for part in counts(words) for g in part})
+    scores = []
+    for words, clip in zip(said, clips):
+        total = 0
+        for ref in references[clip]:
+            near = math.exp(-(len(words) - len(ref)) ** 2 / (2 * 6 ** 2))
+            for h, r in zip(vectors(words), vectors(ref)):
+                norm = math.hypot(*h.values()) * math.hypot(*r.values())
+                dot = sum(min(x, r[g]) * r[g] for g, x in h.items() if g in r)
+                total += near * dot / norm if norm else 0
+        scores.append(10 * total / 4 / len(references[clip]))
+    return scores
+
+
+def measures(task, items, found):
+    """{measure: (values, weights, groups)}, an entry of each for every item; see `score`.
+
+    items: of one task and dataset. found: (answer, likeliest choice) for each.
+    """
+    answers, likely = zip(*found)
+    truth = [item["output"] for item in items]
+    said, written = [plain(a) for a in answers], [plain(t) for t in truth]
+    ones, together = np.ones(len(items)), np.zeros(len(items), int)
+    if task == "captioning":
+        clips = [item["audio"] for item in items]
+        times = Counter(clips)  # a clip with many captions counts as often as one with one
+        share = np.array([1 / times[clip] for clip in clips])
+        return {"CIDEr-D": (share * cider_d(said, written, clips), share, together)}
+    if task == "transcription":
+        lengths = np.array([len(words) for words in written])
+        return {"word error rate": (np.array([*map(edits, said, written)]), lengths, together)}
+    out = {"exact match": (np.array([a == t for a, t in zip(answers, truth)]), ones, together)}
+    asked = np.array([len(item["choices"]) > 0 for item in items])
+    by_words = [max(item["choices"], key=partial(overlap, a), default=None)
+                for a, item in zip(answers, items)]
+    for name, chosen in (("words", by_words), ("likelihood", likely)):
+        right = np.array([c == t for c, t in zip(chosen, truth)])
+        if asked.any():
+            out[f"choice by {name}"] = (right, asked, together)
+        if task == "classification":
+            label = np.unique(truth, return_inverse=True)[1]
+            out[f"choice by {name}, macro"] = (right, asked, label)
+    return out
+
+
+def score(values, weights, groups):
+    """The sum of values over that of weights in every group; of the groups, the mean."""
+    values, weights = np.bincount(groups, values), np.bincount(groups, weights)
+    return np.mean(values[weights > 0] / weights[weights > 0]) if weights.any() else np.nan
+
+
+def bootstrap(clips, values, weights, groups, draws=1000):
+    """score, and its 95% interval (percentile bootstrap, Efron 1979): all clips are drawn again,
+    each with all its questions, which share its fate."""
+    _, clip = np.unique(clips, return_inverse=True)
+    dice, n, scores = np.random.default_rng(0), clip.max() + 1, []
+    for _ in range(draws):
+        times = np.bincount(dice.integers(n, size=n), minlength=n)[clip]
+        scores.append(score(values * times, weights * times, groups))
+    return score(values, weights, groups), *np.nanpercentile(scores, [2.5, 97.5])
+
+
+def print_scores(items, given):
+    """Print each measure by dataset and task. given: {column: `found` of all items}."""
+    print(f"{'dataset':<16}{'task':<16}{'questions':>9}  {'measure':<29}"
+          + "".join(f"{column:<24}" for column in given))
+    for dataset, task in sorted({(item["dataset"], item["task"]) for item in items}):
+        which = [i for i, item in enumerate(items)
+                 if (item["dataset"], item["task"]) == (dataset, task)]
+        some = [items[i] for i in which]
+        columns = [measures(task, some, [found[i] for i in which]) for found in given.values()]
+        for name in columns[0]:
+            cells = [bootstrap([str(item["audio"]) for item in some], *column[name])
+                     for column in columns]
+            print(f"{dataset:<16}{task:<16}{len(which):>9}  {name:<29}" + "".join(
+                f"{f'{s:.3f} [{low:.3f}, {high:.3f}]':<24}" for s, low, high in cells))
+
+
+def score_list(model, o):
+    """Ask all questions of a list, write the answers as LTU does, print how good they are."""
+    items, seconds = read_items(o.data, o.audio_root), {}
+    if o.out and (Path(o.out).is_dir() or Path(o.out).resolve() == Path(o.data).resolve()):
+        raise ValueError(f"--out {o.out}: is a folder, or the list itself: name a new file")
+    labels, first = {}, {}  # of each dataset; the first item about each clip
+    for i, item in enumerate(items):
+        first.setdefault(item["audio"], i)
+        if item["task"] == "classification":
+            labels.setdefault(item["dataset"], set()).add(item["output"])
+    labels = {dataset: sorted(outputs) for dataset, outputs in labels.items()}
+    for item in items:
+        if item["task"] == "classification":
+            item["choices"] = item["choices"] or labels[item["dataset"]]
+
+    def sound(i, rate):
+        try:
+            wave = load_audio(items[i]["audio"], rate)
+        except ValueError as e:
+            raise ValueError(f"{o.data}: item {i}: {e}") from None
+        seconds[i] = len(wave) / rate
+        return wave
+
+    clips = {path: partial(sound, i) for path, i in first.items()}
+    columns = {"model": clips}
+    if o.controls:
+        other = wrong_clips({item["audio"]: item["dataset"] for item in items})
+        # silence of the same length; a list about one clip alone has no wrong clip
+        columns["deaf"] = {path: lambda rate, clip=clip: torch.zeros_like(clip(rate))
+                           for path, clip in clips.items()}
+        if other:
+            columns["wrong clip"] = {path: clips[other[path]] for path in clips}
+    asked = [(column[item["audio"]], item["instruction"], item["choices"])
+             for column in columns.values() for item in items]
+    found = ask_all(model, model.features, asked, o.batch, max_new_tokens=o.max_new_tokens,
+                    temperature=o.temperature, top_p=o.top_p, seed=o.seed)
+    tell_fit(model, list(seconds.values()))
+    if o.out:
+        told = [{"prompt": item["instruction"], "pred": answer, "ref": item["output"],
+                 "audio_id": item["audio_id"], "mode": model.mode, "task": item["task"]}
+                for item, (answer, _) in zip(items, found)]
+        save_atomically(o.out, json.dumps(told, indent=1, ensure_ascii=False).encode(),
+                        lambda text, file: file.write(text))
+    starts = range(0, len(found), len(items))
+    print_scores(items, {name: found[at:at + len(items)] for name, at in zip(columns, starts)})
 
 
 # ------------------------------------------------------------------------------ what it heeds
@@ -353,6 +593,11 @@ def newest_checkpoint():
 class Options:
     audio: str = option(None, "the sound file to ask about; without it, talk to the LLM alone")
     prompt: str = option(None, "one question; without it, ask on the terminal")
+    data: str = option(None, "a list of questions to answer and score, JSON or JSONL")
+    audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
+    out: str = option(None, "with --data: where to write the answers, as JSON")
+    controls: bool = option(False, "with --data: also score it deaf, and hearing a wrong clip")
+    batch: int = option(32, "with --data: clips heard, and questions asked, at a time", low=1)
     llm: str = option(None, "folder of a real LLM to talk to, instead of a checkpoint's")
     ckpt: str = option(None, "checkpoint of train.py; without it, the newest under out/")
     whisper: str = option(None, "where the Whisper checkpoint that it was trained with is now")
@@ -393,9 +638,13 @@ def main(o):
         raise ValueError("--listen draws an answer about a sound: give --audio too")
     if o.listen:
         canvas()  # before anything slow, as matplotlib may be missing
-    if o.llm and (o.audio or o.ckpt):
-        raise ValueError("--llm talks to an LLM that hears nothing: give it without --audio and "
-                         "--ckpt, or give it to train.py")
+    if o.llm and (o.audio or o.ckpt or o.data):
+        raise ValueError("--llm talks to an LLM that hears nothing: give it without --audio, "
+                         "--ckpt and --data, or give it to train.py")
+    if o.data and (o.audio or o.prompt):
+        raise ValueError("--data has the questions and the sounds: leave out --audio and --prompt")
+    if not o.data and (o.out or o.controls or o.audio_root):
+        raise ValueError("--out, --controls and --audio-root go with --data, which is missing")
     if o.audio:
         wave = load_audio(o.audio, 16000)  # first, as it is quick and the likeliest to be mistaken
     if o.llm:
@@ -405,6 +654,8 @@ def main(o):
         model = AudioLLM.load(path, {"whisper": o.whisper, "sslam": o.sslam, "clap": o.clap})
         print(f"{path}: mode {model.mode}, encoders {', '.join(model.encoders)}", file=sys.stderr)
     model.to(pick_device(o.device))
+    if o.data:
+        return score_list(model, o)
     features = [{}]
     if o.audio:
         tell_fit(model, [len(wave) / 16000])

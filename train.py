@@ -31,8 +31,8 @@ from encoders import load_audio, load_encoder, make_encoder, resample, save_wav
 from integrate import (MODES, Arm, AudioLLM, from_bytes, load_checkpoint, run, save_atomically,
                        stack, to_bytes)
 from model import LLM, LLMConfig, load_tokenizer, read_tokenizer, train_tokenizer
-from sample import (command_line, listen, on_grid, option, pick_device, read_items, tell_fit,
-                    words)
+from sample import (ask_all, command_line, listen, on_grid, option, pick_device, read_items,
+                    tell_fit, words, wrong_clips)
 
 # ----------------------------------------------------------------------------- the listening world
 RATE = 16000                                   # samples per second
@@ -536,21 +536,10 @@ def train(model, stages, train_set, val_set, o, log):
 # ------------------------------------------------------------------------------------ scoring
 
 def answers(model, features, items, clip_of=lambda item: item["clip"]):
-    """The model's answer to every item. Each clip is heard once, then asked all its questions."""
-    model.eval()
-    found = [None] * len(items)
-    by_clip = {}
-    for i, item in enumerate(items):
-        by_clip.setdefault(clip_of(item), []).append(i)
-    clips = list(by_clip)
-    for at in tqdm(range(0, len(clips), 32), desc="answers", leave=False, mininterval=1):
-        some = clips[at:at + 32]
-        asked = [i for c in some for i in by_clip[c]]
-        rows = [r for r, c in enumerate(some) for _ in by_clip[c]]
-        cache = model.hear([features[c] for c in some])
-        for i, text in zip(asked, model.ask(cache, [items[i]["instruction"] for i in asked], rows)):
-            found[i] = text
-    return found
+    """The model's answer to every item, by the features of its clip."""
+    asked = [(clip_of(item), item["instruction"], ()) for item in items]
+    found = ask_all(model, lambda clips: [features[c] for c in clips], asked)
+    return [text for text, _ in found]
 
 
 def score(model, features, items):
@@ -561,15 +550,7 @@ def score(model, features, items):
 def table(model, features, items, train_items):
     """Exact match by domain and task, beside three controls that a listening model must beat."""
     silence = model.features([lambda rate: torch.zeros(int(SECONDS * rate))])
-    # wrong clip: the next clip of the same domain, so that it is wrong in nothing but its content
-    domain = {item["clip"]: item["domain"] for item in items}
-    other = {}
-    for d in set(domain.values()):
-        clips = [c for c in domain if domain[c] == d]
-        # a clip that is the only one of its domain gets one of another domain, if there is one
-        lone = len(clips) == 1
-        after = [c for c in domain if c not in clips][:1] if lone else clips[1:] + clips[:1]
-        other |= dict(zip(clips, after))
+    other = wrong_clips({item["clip"]: item["domain"] for item in items})
     common = {}
     for d, t in {(item["domain"], item["task"]) for item in items}:
         seen = Counter(i["output"] for i in train_items if (i["domain"], i["task"]) == (d, t))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import wave
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,8 +77,9 @@ def test_a_json_list_and_json_lines_are_the_same(sounds):
     items = read_items(sounds / "q.json")
     assert items == read_items(sounds / "q.jsonl")
     assert items == read_items(sounds / "more" / "q.json", sounds)
-    assert items[0] == {"audio": sounds / "a.wav", "instruction": "What is it?", "output": "a dog",
-                        "task": "question", "dataset": "q"}
+    assert items[0] == {"audio": sounds / "a.wav", "audio_id": "a.wav", "output": "a dog",
+                        "instruction": "What is it?", "task": "question", "dataset": "q",
+                        "choices": []}
     assert (items[1]["task"], items[1]["dataset"]) == ("t", "d")
     assert items[2]["output"] == raw[2]["output"].strip()
 
@@ -116,6 +118,8 @@ BAD_LISTS = {
     "dataset": (json.dumps([item(dataset=["d"])]), ["item 0", "dataset"]),
     "input": (json.dumps([item(input={"a": 1})]), ["item 0", "input"]),
     "half": (json.dumps([item(instruction="\ud83d?")]), ["item 0", "instruction"]),
+    "choices": (json.dumps([item(choices=["a cat", "an owl"])]), ["item 0", "choices"]),
+    "no_list": (json.dumps([item(), item(choices="a dog or a cat")]), ["item 1", "choices"]),
     "no_audio": (json.dumps([item(), item("b/none.wav")]), ["item 1", "b/none.wav"])}
 
 
@@ -306,6 +310,115 @@ def test_any_path_and_any_question(call, checkpoint, tmp_path):
     path = write_wav(tmp_path / "dïr 日本" / "ünï 🎵.wav", 0.3, 44100, 2)
     for prompt in ("日本語 🎵?", "x" * 2000, "\udcff", "a\nb\0c"):
         ask(call, checkpoint, "--audio", path, "--prompt", prompt, "--max-new-tokens", 2)
+
+
+# -------------------------------------------------------------------------------------- scores
+
+def test_captions_and_transcripts_are_scored_as_the_reference_packages_do():
+    golden = np.load(ROOT / "tests" / "golden" / "scores.npz")
+    clips = json.loads(str(golden["clips"]))
+    pairs = [(i, said.split(), ref.split()) for i, (said, refs) in enumerate(clips) for ref in refs]
+    index, said, written = zip(*pairs)
+    scores = dict(zip(index, sample.cider_d(said, written, index)))
+    assert np.abs(np.array([scores[i] for i in range(len(clips))]) - golden["cider"]).max() < 1e-9
+    items = [{"audio": i, "output": ref} for i, (_, refs) in enumerate(clips) for ref in refs]
+    found = [(said, None) for said, refs in clips for _ in refs]
+    value, = sample.measures("captioning", items, found).values()
+    assert abs(sample.score(*value) - golden["cider"].mean()) < 1e-9
+    first = [{"audio": i, "output": refs[0]} for i, (_, refs) in enumerate(clips)]
+    value, = sample.measures("transcription", first, [(said, None) for said, _ in clips]).values()
+    assert abs(sample.score(*value) - golden["all_wer"]) < 1e-12
+    for item, (said, _), want in zip(first, clips, golden["wer"]):
+        value, = sample.measures("transcription", [item], [(said, None)]).values()
+        assert abs(sample.score(*value) - want) < 1e-12
+
+
+def test_words_are_lower_case_and_without_punctuation():
+    assert sample.plain('"Don\'t!" - SAID a hi-hat...') == ["don't", "said", "a", "hi-hat"]
+
+
+def test_labels_count_alike_in_the_macro_average_however_rare():
+    labels = ["a dog", "a cat"]
+    items = [{"audio": i, "output": o, "choices": labels} for i, o in enumerate(
+        ["a dog", "a dog", "a dog", "a cat"])]
+    found = [("a dog", "a dog"), ("big dog.", "a dog"), ("a cat", "a dog"), ("owl", "a dog")]
+    got = {name: sample.score(*parts)
+           for name, parts in sample.measures("classification", items, found).items()}
+    assert got == {"exact match": 1 / 4, "choice by words": 2 / 4, "choice by likelihood": 3 / 4,
+                   "choice by words, macro": (2 / 3 + 0) / 2, "choice by likelihood, macro": 1 / 2}
+    items[3]["choices"] = []  # a question without choices does not count where there are some
+    got = sample.measures("reasoning", items, found)
+    assert sample.score(*got["choice by words"]) == 2 / 3 and len(got) == 3
+
+
+def test_the_interval_is_that_of_independent_clips_not_of_their_questions():
+    right = np.random.default_rng(0).random(400) < 0.5
+    ones, same = np.ones(1600), np.zeros(1600, int)
+    mean, low, high = sample.bootstrap(np.arange(400).repeat(4), right.repeat(4), ones, same)
+    assert mean == right.mean() and low < mean < high
+    assert abs((high - low) / (2 * 1.96 * (mean * (1 - mean) / 400) ** 0.5) - 1) < 0.1
+
+
+@pytest.mark.parametrize("batch", [2, 100])
+def test_the_likeliest_choice_is_that_of_each_choice_alone(checkpoint, batch):
+    model = AudioLLM.load(checkpoint).double()
+    g = torch.Generator().manual_seed(0)
+    features = [{kind: torch.randn(n, e.width, generator=g, dtype=torch.float64)
+                 for kind, e in model.encoders.items()} for n in (3, 30)]
+    dice, words = np.random.default_rng(0), "a dog an alarm bird no yes siren ba so man".split()
+    many = [" ".join(dice.choice(words, 1 + n % 4)) for n in range(40)]  # short and long ones
+    choices = [many, (), many, many[9:]]
+    asked = ["what is it", "or", "what is it", "who speaks in the clip"]
+    rows, token = [1, 0, 0, 1], model.tokenizer
+    want = []
+    for row, question, some in zip(rows, asked, choices):
+        loss = []
+        for choice in some:
+            prompt, reply = token.chat(question)[1], token.reply(choice)
+            ids = torch.tensor([prompt + reply])
+            with torch.no_grad():
+                logits = model.llm(ids, cache=model.hear([features[row]]))[0, len(prompt) - 1:-1]
+            p = logits.log_softmax(dim=-1).gather(1, ids[0, len(prompt):, None])
+            loss.append(-p.sum().item())
+        want.append(some[int(np.argmin(loss))] if some else None)
+    assert want[0] != want[2]  # or it would not matter which clip is asked
+    cache = model.hear(features)
+    assert sample.likeliest(model, cache, asked, choices, rows, batch) == want
+
+
+def test_a_list_is_answered_written_and_scored(call, checkpoint, sounds, refuses):
+    raw = [item(task="classification"), item("more/ä b.wav", output="a cat", task="classification"),
+           item(output="Two.", task="reasoning", choices=["One.", "Two."]),
+           item(output="It barks.", task="captioning"), item(output="so ne", task="transcription")]
+    (sounds / "q.json").write_text(json.dumps(raw))
+    options = ["--data", "q.json", "--out", "new/p.json", "--max-new-tokens", 3, "--batch", 2]
+    stdout, _ = ask(call, checkpoint, *options, "--controls")
+    told = json.loads((sounds / "new" / "p.json").read_text(encoding="utf-8"))
+    assert [(t["prompt"], t["ref"], t["audio_id"], t["mode"], t["task"]) for t in told] == [
+        ("What is it?", r["output"], r["audio_id"], "pal", r["task"]) for r in raw]
+    model = AudioLLM.load(checkpoint)
+    for t in told:
+        wave = partial(load_audio, sounds / t["audio_id"])
+        cache = model.hear(model.features([wave]))
+        assert [t["pred"]] == model.ask(cache, [t["prompt"]], max_new_tokens=3)
+    for words in ("deaf", "wrong clip", "CIDEr-D", "word error rate", "macro", "by likelihood"):
+        assert words in stdout
+    left = (sounds / "new" / "p.json").read_bytes()
+    (sounds / "more" / "ä b.wav").write_bytes(b"no sound")
+    refuses(["q.json", "item 1", "b.wav"], sample, "--ckpt", checkpoint, *options)
+    assert (sounds / "new" / "p.json").read_bytes() == left and len([*sounds.glob("new/*")]) == 1
+
+
+@pytest.mark.parametrize("options, words", [
+    ("--out p.json", ["--data"]), ("--controls", ["--data"]), ("--data q.json --llm x", ["--llm"]),
+    ("--data q.json --prompt x", ["--prompt"]), ("--data q.json --out q.json", ["--out"]),
+    ("--data none.json", ["none.json"])])
+def test_options_of_lists_that_make_no_sense_are_refused(options, words, refuses, checkpoint,
+                                                         sounds):
+    (sounds / "q.json").write_text(json.dumps([item()]))
+    before = [] if "--llm" in options else ["--ckpt", checkpoint]
+    refuses(words, sample, *before, *options.split())
+    assert json.loads((sounds / "q.json").read_text()) == [item()]
 
 
 # ----------------------------------------------------------------------------- what it listened to
