@@ -200,11 +200,13 @@ def kept_bytes(c, b, size, frozen=False, fused=True):
     once += run * (run + b.side) if b.side else 0               # the mask
     if b.side and len(b.layers) < L:
         once += run * run                       # the mask of the layers that have no audio
+    row32 = run * (L * (H + 2) + 1) + b.side    # float32: one a row of scores, one a norm
     if frozen and not b.prefix:                 # what comes before the audio keeps nothing
         first = min(b.layers, default=L)
         row -= b.text * (first * (layer + 2 * Kd) + norm)
-    lse = 4 * b.B * run * L * (H + 2)           # one float32 a row of scores, and of each norm
-    return size * (b.B * row + once) + lse
+        row32 -= b.text * (first * (H + 2) + 1)
+    once += 2 * (run + b.side) * d              # cos and sin of the positions
+    return size * (b.B * row + once) + 4 * b.B * row32
 
 
 def memory(c, b, size, frozen=False, fused=True):
@@ -299,16 +301,6 @@ def both(c, B, size, count, causal=True):
 
 # ------------------------------------------------------------------------------- the measurement
 
-def text_logits(llm, ids, audio, b):
-    """Logits of ids (B, T), of audio (B, Na, D) the first b.prefix tokens run, the rest written."""
-    prefix, side = audio.split([b.prefix, b.side], dim=1)
-    return pal(llm, ids, prefix if b.prefix else None, side if b.side else None, layers=b.layers)
-
-
-def loss_of(logits, ids):
-    return F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())  # the same work as ever
-
-
 def saved_bytes(make, ours):
     """Bytes that autograd keeps of the forward pass `make`; tensors in `ours` are there anyway."""
     own = {t.untyped_storage().data_ptr() for t in ours}
@@ -321,31 +313,32 @@ def saved_bytes(make, ours):
         return t
 
     with saved_tensors_hooks(pack, lambda t: t):
-        result = make()
-    return sum(storage.nbytes() for storage in saved.values()), result
+        result = make()  # noqa: F841 - alive until all is counted
+    return sum(storage.nbytes() for storage in saved.values())
 
 
-def inputs(llm, b, grad=True):
-    """Random text ids (B, T) and audio (B, Na, D), which needs a gradient for its connector."""
+def inputs(llm, b):
+    """Random text ids (B, Nt), and audio (B, n, D) to run and to write, None where n is 0."""
     weight = llm.model.embed_tokens.weight
     ids = torch.randint(llm.config.vocab_size, (b.B, b.text), device=weight.device)
-    audio = torch.randn(b.B, b.prefix + b.side, llm.config.hidden_size,
-                        device=weight.device, dtype=weight.dtype)
-    return ids, audio.requires_grad_(grad)
+    audio = [weight.new_empty(b.B, n, weight.shape[1]).normal_().requires_grad_() if n else None
+             for n in (b.prefix, b.side)]  # a connector trains behind it: it needs a gradient
+    return ids, *audio
 
 
-def train_step(llm, ids, audio, b):
-    llm.zero_grad(set_to_none=True)
-    audio.grad = None
-    loss_of(text_logits(llm, ids, audio, b), ids).backward()
+def loss_of(logits, ids):
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
 
 
-@torch.inference_mode()
-def listen(llm, audio, b):
-    """Write audio (B, Na, D) into a new cache."""
-    prefix, side = audio.split([b.prefix, b.side], dim=1)
-    cache = hear(llm, prefix, "plits") if b.prefix else None
-    return hear(llm, side, "lal", cache, b.layers) if b.side else cache
+def loss(llm, b, ids, prefix, side):
+    return loss_of(pal(llm, ids, prefix, side, layers=b.layers), ids)
+
+
+@torch.no_grad()
+def listen(llm, b, prefix, side):
+    """Write the audio into a new cache."""
+    cache = None if prefix is None else hear(llm, prefix, "plits")
+    return cache if side is None else hear(llm, side, "lal", cache, b.layers)
 
 
 def seconds(f, device):
@@ -409,12 +402,12 @@ def out_of_memory(e):
 
 def measure_training(llm, b, o, floor):
     device = llm.model.embed_tokens.weight.device
-    ids, audio = inputs(llm, b)
-    ours = [*llm.parameters(), ids]
-    kept, _ = saved_bytes(lambda: loss_of(text_logits(llm, ids, audio, b), ids), ours)
+    batch = inputs(llm, b)
+    kept = saved_bytes(lambda: loss(llm, b, *batch), [*llm.parameters(), batch[0]])
 
     def step():
-        train_step(llm, ids, audio, b)
+        llm.zero_grad(set_to_none=True)
+        loss(llm, b, *batch).backward()
 
     forget_peak(device)
     row = {"seconds": timed(step, device, o.repeats), "peak": peak(device) - floor, "kept": kept}
@@ -424,10 +417,10 @@ def measure_training(llm, b, o, floor):
 def measure_inference(llm, b, o, floor):
     """Hear, read the question, answer, apart; a second question costs the latter two again."""
     device = llm.model.embed_tokens.weight.device
-    ids, audio = inputs(llm, b, grad=False)
+    ids, *audio = inputs(llm, b)
     forget_peak(device)
-    times = {"hear": timed(lambda: listen(llm, audio, b), device, o.repeats)}
-    cache = listen(llm, audio, b)
+    times = {"hear": timed(lambda: listen(llm, b, *audio), device, o.repeats)}
+    cache = listen(llm, b, *audio)
     for name, new in (("ask", 1), ("all", o.new_tokens)):
         times[name] = timed(lambda: llm.generate(ids, new, cache=cache), device, o.repeats)
     return {"seconds": times, "peak": peak(device) - floor}
