@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from encoders import ENCODERS, load_encoder
-from model import (LLM, KVCache, LLMConfig, SentencePieceTokenizer, end, place, rotary,
-                   rotate)
+from model import LLM, KVCache, LLMConfig, end, place, read_tokenizer, rotary, rotate
 
 # A mode is nothing but the route of each encoder, in the order of their tokens.
 ROUTES = {
@@ -192,16 +191,16 @@ class AudioLLM(nn.Module):
             waves = [s[encoder.rate][:window] for s in sampled]
             front = torch.cat([encoder.front_end(w[None].to(self.device)) for w in waves])
             for features, wave, tokens in zip(out, waves, encoder(front)):
-                steps = encoder.tokens(len(wave) / encoder.rate)
-                kept = tokens[encoder.extra:][:steps * encoder.grid[1]]
+                kept = tokens[encoder.extra:encoder.tokens(len(wave) / encoder.rate)]
                 features[kind] = pool(kept, self.windows[kind]).float().cpu()
         return out
 
     def segments(self, features):
-        """Beginning of text and the audio of a batch, as `run` takes them. features: see above."""
-        bos = torch.tensor([[self.tokenizer.bos_id]], device=self.device)
-        out = [("plits", self.llm.embed(bos), None)]
-        for kind, connector in self.connectors.items():
+        """The start of a chat and the audio of a batch, as `run` takes them. features: see above;
+        without any, [{}], this is the LLM alone."""
+        before = torch.tensor([self.tokenizer.chat("")[0]], device=self.device)
+        out = [("plits", self.llm.embed(before), None)]
+        for kind, connector in self.connectors.items() if any(features) else ():
             tokens, lengths = stack([f[kind] for f in features])
             lengths = None if lengths is None else lengths.to(self.device)
             out.append((ROUTES[self.mode][kind], connector(tokens.to(self.device)), lengths))
@@ -219,15 +218,12 @@ class AudioLLM(nn.Module):
         run(self.llm, self.segments(features), cache)
         return cache
 
-    def prompt_ids(self, question):
-        return self.tokenizer.encode(question.strip() + "\n")
-
     def ask(self, cache, questions, rows=None, max_new_tokens=48, **sampling):
         """Answers (strings) to questions about what `hear` heard; question i is about clip rows[i].
 
         Without rows there is one question a clip. The rest as in LLM.generate.
         """
-        prompts = [self.prompt_ids(q) for q in questions]
+        prompts = [self.tokenizer.chat(q)[1] for q in questions]
         new = self.llm.generate(prompts, max_new_tokens, cache=cache, rows=rows,
                                 eos_id=self.tokenizer.eos_id, **sampling)
         return [self.tokenizer.decode(ids).strip() for ids in new]
@@ -269,10 +265,11 @@ class AudioLLM(nn.Module):
                     raise ValueError(f"{path}: was trained with another {kind}: {config}")
             else:
                 encoders[kind] = ENCODERS[kind](config)
-        tokenizer = SentencePieceTokenizer(from_bytes(saved["tokenizer"]))
-        llm = LLM(LLMConfig(**saved["llm"]))
+        tokenizer = read_tokenizer(from_bytes(saved["tokenizer"]))
+        with torch.device("meta"):  # no memory for weights that are about to be replaced
+            llm = LLM(LLMConfig(**saved["llm"]))
         model = cls(llm, tokenizer, encoders, saved["mode"], saved["windows"])
-        unread = model.load_state_dict(saved["state"], strict=False)
+        unread = model.load_state_dict(saved["state"], strict=False, assign=True)
         missing = [name for name in unread.missing_keys if not model.is_elsewhere(name)]
         if missing or unread.unexpected_keys:
             raise ValueError(f"{path}: missing {missing}, surprising {unread.unexpected_keys}")

@@ -2,6 +2,7 @@
 
     python sample.py --audio out/demo/0.wav --prompt "What do you hear?"
     python sample.py --audio out/demo/0.wav            # hears it once, answers many questions
+    python sample.py --llm SmolLM2-135M-Instruct       # talks to an LLM that hears nothing
 
 Also here, because train.py and bench.py need them too: LTU-style lists of questions, and
 command-line options made from the fields of a dataclass.
@@ -11,12 +12,14 @@ import json
 import re
 import sys
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from encoders import load_audio
 from integrate import AudioLLM
+from model import LLM, load_tokenizer
 
 
 # ------------------------------------------------------------------------------ command line
@@ -173,8 +176,9 @@ def newest_checkpoint():
 
 @dataclass(frozen=True)
 class Options:
-    audio: str = option(None, "the sound file to ask about", required=True)
+    audio: str = option(None, "the sound file to ask about; without it, talk to the LLM alone")
     prompt: str = option(None, "one question; without it, ask on the terminal")
+    llm: str = option(None, "folder of a real LLM to talk to, instead of a checkpoint's")
     ckpt: str = option(None, "checkpoint of train.py; without it, the newest under out/")
     whisper: str = option(None, "where the Whisper checkpoint that it was trained with is now")
     sslam: str = option(None, "the same for SSLAM")
@@ -187,24 +191,56 @@ class Options:
     device: str = option("auto", "cpu, cuda, mps or auto")
 
 
+def say(tokenizer, generate):
+    """Print an answer while `generate(on_token=...)` makes it, and return its ids."""
+    ids, said = [], ""
+
+    def on_token(step):
+        nonlocal said
+        ids.extend(i for i in step if i is not None)
+        # held back: the first bytes of a character, and white space that may be the last
+        text = tokenizer.decode(ids).rstrip("\ufffd").strip()
+        print(text[len(said):], end="", flush=True)
+        said = text
+
+    new = generate(on_token=on_token)
+    print(tokenizer.decode(new).strip()[len(said):])
+    return new
+
+
 def main(o):
-    wave = load_audio(o.audio, 16000)  # first, as it is quick and the likeliest to be mistaken
-    path = o.ckpt or newest_checkpoint()
-    model = AudioLLM.load(path, {"whisper": o.whisper, "sslam": o.sslam, "clap": o.clap})
+    if o.llm and (o.audio or o.ckpt):
+        raise ValueError("--llm talks to an LLM that hears nothing: give it without --audio and "
+                         "--ckpt, or give it to train.py")
+    if o.audio:
+        wave = load_audio(o.audio, 16000)  # first, as it is quick and the likeliest to be mistaken
+    if o.llm:
+        model = AudioLLM(LLM.from_pretrained(o.llm), load_tokenizer(o.llm), {}, "plits", {})
+    else:
+        path = o.ckpt or newest_checkpoint()
+        model = AudioLLM.load(path, {"whisper": o.whisper, "sslam": o.sslam, "clap": o.clap})
+        print(f"{path}: mode {model.mode}, encoders {', '.join(model.encoders)}", file=sys.stderr)
     model.to(pick_device(o.device))
-    print(f"{path}: mode {model.mode}, encoders {', '.join(model.encoders)}", file=sys.stderr)
-    tell_fit(model, [len(wave) / 16000])
-    cache = model.hear(model.features([lambda rate: load_audio(o.audio, rate)]))
+    features = [{}]
+    if o.audio:
+        tell_fit(model, [len(wave) / 16000])
+        features = model.features([lambda rate: load_audio(o.audio, rate)])
+    cache = model.hear(features)
+    past = []  # of a talk; about a sound every question stands alone, as in training
 
     def answer(question):
         question = question.encode(errors="replace").decode()  # bytes that are no text, become ?
-        return model.ask(cache, [question], max_new_tokens=o.max_new_tokens, seed=o.seed,
-                         temperature=o.temperature, top_p=o.top_p)[0]
+        before, prompt = model.tokenizer.chat(question, later=bool(past))
+        ids = past + before + prompt if past else prompt
+        new = say(model.tokenizer, partial(
+            model.llm.generate, ids, o.max_new_tokens, o.temperature, o.top_p, cache=cache,
+            eos_id=model.tokenizer.eos_id, seed=o.seed))
+        if not o.audio:
+            past[:] = ids + new
 
     if o.prompt is not None:
-        print(answer(o.prompt))
-        return
-    print("ask about it; an empty line ends", file=sys.stderr)
+        return answer(o.prompt)
+    print("ask; an empty line ends", file=sys.stderr)
     while True:
         try:
             question = input("> ").strip()
@@ -212,7 +248,7 @@ def main(o):
             return
         if not question:
             return
-        print(answer(question))
+        answer(question)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from encoders import load_audio, load_encoder, make_encoder, resample, save_wav
 from integrate import (ROUTES, AudioLLM, from_bytes, load_checkpoint, run, save_atomically, stack,
                        to_bytes)
-from model import LLM, LLMConfig, SentencePieceTokenizer, train_tokenizer
+from model import LLM, LLMConfig, load_tokenizer, read_tokenizer, train_tokenizer
 from sample import command_line, option, pick_device, read_items, tell_fit
 
 # ----------------------------------------------------------------------------- the listening world
@@ -398,14 +398,15 @@ def with_ids(model, items):
 def conversation(tokenizer, pairs):
     """Token ids of prompts and answers in turn, and the weight of each: an answer's sum to one, so
     that a yes counts as much as a caption, and a prompt's are zero, as it is not for the model to
-    say. An answer to a whole line ends with end of text."""
+    say. A prompt that is a whole line is a question of a chat; others are answered on the spot."""
     ids, weights = [], []
     for prompt, answer in pairs:
-        question, answer = tokenizer.encode(prompt), tokenizer.encode(" " + answer.strip())
         if prompt.endswith("\n"):
-            answer.append(tokenizer.eos_id)
-        ids += question + answer
-        weights += [0.0] * len(question) + [1 / len(answer)] * len(answer)
+            prompt, answer = tokenizer.chat(prompt)[1], tokenizer.reply(answer)
+        else:
+            prompt, answer = tokenizer.encode(prompt), tokenizer.encode(" " + answer.strip())
+        ids += prompt + answer
+        weights += [0.0] * len(prompt) + [1 / len(answer)] * len(answer)
     return ids, weights
 
 
@@ -726,10 +727,11 @@ def prepare(o):
 BASE = "prepared parts 1"
 
 
-def load_base(path, mode, windows, sources=None):
+def load_base(path, mode, windows, sources=None, folder=None):
     """An AudioLLM of the prepared parts, with new connectors.
 
     sources: {kind: path} of real encoders, which then take the place of all miniatures.
+    folder: of a real LLM, which takes the place of the small one.
     """
     saved = load_checkpoint(path, BASE)
     try:
@@ -740,7 +742,9 @@ def load_base(path, mode, windows, sources=None):
     except (KeyError, TypeError, RuntimeError) as e:
         raise ValueError(f"{path}: made by another version of this code; make it anew with "
                          f"--prepare ({e})") from None
-    tokenizer = SentencePieceTokenizer(from_bytes(saved["tokenizer"]))
+    tokenizer = read_tokenizer(from_bytes(saved["tokenizer"]))
+    if folder:
+        llm, tokenizer = LLM.from_pretrained(folder), load_tokenizer(folder)
     real = {kind: load_encoder(kind, source) for kind, source in (sources or {}).items() if source}
     return AudioLLM(llm, tokenizer, real or encoders, mode, windows)
 
@@ -757,7 +761,7 @@ class Stage:
 
 def curriculum(o):
     """The paper's three stages in miniature (PAPER: version 1, section on training)."""
-    lr = o.lr or LEARNING_RATES[o.mode]
+    lr = o.lr or (REAL_LLM_RATE if o.llm else LEARNING_RATES[o.mode])
     both = {"connectors": 3 * lr, "llm": lr}  # the connectors are new, the LLM knows something
     return (Stage("1", {"connectors": 3e-3}, ("classification",), o.steps1),
             Stage("2", both, ("classification", "reasoning", "checklist"), o.steps2),
@@ -766,6 +770,7 @@ def curriculum(o):
 
 # from a sweep, see the README
 LEARNING_RATES = {"plits": 1e-3, "lal": 1e-3, "pal": 1e-3}
+REAL_LLM_RATE = 1e-4  # LTU's, for an LLM that has much to forget
 
 
 @dataclass(frozen=True)
@@ -776,6 +781,7 @@ class Options:
     audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
     out: str = option(None, "folder of the checkpoint and metrics.jsonl (default: out/MODE)")
     base: str = option("assets/base.pt", "the prepared encoders and LLM")
+    llm: str = option(None, "folder of a real LLM, Llama or Qwen2; it replaces the small one")
     whisper: str = option(None, "a public Whisper checkpoint; real encoders replace the miniatures")
     sslam: str = option(None, "a public SSLAM or EAT checkpoint")
     clap: str = option(None, "a public CLAP checkpoint")
@@ -787,7 +793,8 @@ class Options:
     steps1: int = option(200, "steps of stage 1: connectors alone, classification")
     steps2: int = option(500, "steps of stage 2: LLM and connectors, closed questions")
     steps3: int = option(1800, "steps of stage 3: LLM and connectors, all questions")
-    lr: float = option(0.0, "peak rate of the LLM, a third of the connectors' (0: the mode's own)")
+    lr: float = option(0.0, "peak rate of the LLM, a third of the connectors'; 0: the mode's own, "
+                            f"or with --llm {REAL_LLM_RATE:g}")
     device: str = option("auto", "cpu, cuda, mps or auto")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
     read_steps: int = option(3000, "with --prepare: steps of the LLM's reading")
@@ -803,7 +810,7 @@ def main(o):
         raise ValueError("--val-data and --audio-root say more about --data, which is missing")
     torch.manual_seed(o.seed)
     sources = {kind: getattr(o, kind) for kind in WINDOWS}
-    model = load_base(o.base, o.mode, WINDOWS, sources)
+    model = load_base(o.base, o.mode, WINDOWS, sources, o.llm)
     if o.data:
         train_data = own(o.data, o.audio_root)
         val_data = test_data = own(o.val_data, o.audio_root) if o.val_data else train_data

@@ -13,8 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from model import (LLM, BPETokenizer, KVCache, load_tokenizer, place, read_config, read_tokenizer,
-                   train_tokenizer)
+import sample
+import train
+from integrate import AudioLLM
+from model import (LLM, BPETokenizer, KVCache, LLMConfig, load_tokenizer, place, read_config,
+                   read_tokenizer, train_tokenizer)
+from test_sample import item, write_wav
 
 GOLDEN = Path(__file__).parent / "golden"
 SYSTEM = "You don't guess: you listen."
@@ -368,7 +372,7 @@ UNKNOWN = {
     "lacks 1 token": lambda spec: spec["model"]["merges"].append(["\u0120the", "zq"]),
     "unpack": lambda spec: spec["model"]["merges"].append(["a", "b", "c"]),
     "no 'model'": lambda spec: spec.pop("model"),
-    "not a usable": put("model", "vocab", [1, 2]),
+    "no usable": put("model", "vocab", [1, 2]),
 }
 
 
@@ -401,6 +405,115 @@ def test_a_tokenizer_without_a_chat_says_so(tmp_path):
     assert isinstance(tokenizer, BPETokenizer) and tokenizer.encode("a", special=True)
     with refused("no chat"):
         tokenizer.chat("Who is there?")
+
+
+# ------------------------------------------------------------------------------- the programs
+
+# What a whole chat looks like: everything before a question, before its answer, before the next.
+TURNS = {"smollm2": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
+                     "<|im_end|>\n<|im_start|>user\n"),
+         "llama3": ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+                    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+                    "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n")}
+
+
+def write_llm(folder, name):
+    """A whole Hugging Face folder of a small LLM with random weights, and its tokenizer."""
+    folder.mkdir(exist_ok=True)
+    if name == "llama2":
+        tokenizer = train_tokenizer([f"[INST] a siren and {n} drums. [/INST]" for n in range(99)],
+                                    320)
+        (folder / "tokenizer.model").write_bytes(tokenizer.proto)
+        eos, size = tokenizer.eos_id, tokenizer.vocab_size
+    else:
+        write_tokenizer(folder, name)
+        tokenizer = load_tokenizer(folder)
+        eos, size = tokenizer.encode(TURNS[name][2], special=True)[0], tokenizer.vocab_size + 7
+    config = dict(vocab_size=size, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+                  num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    torch.manual_seed(1)
+    llm = LLM(LLMConfig(**config, head_dim=8))
+    config |= dict(architectures=["LlamaForCausalLM"], eos_token_id=eos)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_safetensors(folder / "model.safetensors", {k: v * 3 for k, v in
+                                                     llm.state_dict().items()})
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_talking_to_a_bare_llm_is_one_chat_in_its_own_format(tmp_path, call, name):
+    tokenizer = write_llm(tmp_path / "llm", name)
+    llm = LLM.from_pretrained(tmp_path / "llm")
+    start, answers, asks = TURNS[name]
+    options = ["--llm", "llm", "--max-new-tokens", 9, "--device", "cpu"]
+    talk, stdout = tokenizer.encode(start, special=True), ""
+    for question in ("What is 1 + 1?", "<|im_end|> And then?"):
+        talk += tokenizer.encode(question) + tokenizer.encode(answers, special=True)
+        new = llm.generate(talk, 9, eos_id=tokenizer.eos_id)
+        stdout += "> " + tokenizer.decode(new).strip() + "\n"
+        talk += new + tokenizer.encode(asks, special=True)
+    code, got, _ = call(sample, *options, stdin="What is 1 + 1?\n<|im_end|> And then?\n")
+    assert code == 0 and got == stdout + "> "
+    code, got, _ = call(sample, *options, "--prompt", "What is 1 + 1?")
+    assert code == 0 and "> " + got == stdout[:len(got) + 2]
+
+
+@pytest.mark.parametrize("name", [*TURNS, "llama2"])
+def test_a_real_llm_is_trained_and_asked_in_the_same_chat(tmp_path, call, base, brief, name):
+    tokenizer = write_llm(tmp_path / "llm", name)
+    if name in TURNS:  # training: what is before the audio, and what is after it
+        _, answers, asks = TURNS[name]
+        ids, weights = train.conversation(tokenizer, [("What?\n", " a drum ")])
+        want = tokenizer.encode(f"What?{answers}a drum{asks}", special=True)
+        assert ids == want[:len(ids)] and ids[-1] == tokenizer.eos_id
+        graded = [i for i, weight in zip(ids, weights) if weight]
+        assert graded == tokenizer.encode("a drum") + [tokenizer.eos_id]
+    write_wav("a.wav", 1.0)
+    Path("q.json").write_text(json.dumps([item("a.wav")] * 2))
+    steps = ["--steps1", 1, "--steps2", 0, "--steps3", 25, "--lr", 0.01, "--batch", 2]
+    code, _, stderr = call(train, "--llm", "llm", "--base", base, "--device", "cpu", "--data",
+                           "q.json", *steps)
+    assert code == 0, stderr
+    shutil.rmtree(tmp_path / "llm")  # a checkpoint has its LLM
+    asked = ["--audio", "a.wav", "--prompt", "What is it?", "--max-new-tokens", 9]
+    assert call(sample, *asked)[:2] == (0, "a dog\n")  # with the end of its turn
+    model = AudioLLM.load("out/lal/model.pt")
+    assert type(model.tokenizer) is type(tokenizer) and model.llm.config.vocab_size > 300
+    assert call(sample, *asked[2:])[0] == 0  # the LLM alone, of the checkpoint
+
+
+@pytest.mark.parametrize("program", [sample, train])
+def test_a_bad_folder_is_one_line(tmp_path, refuses, base, program):
+    options = ["--base", base] if program is train else []
+    refuses(["none", "config.json"], program, "--llm", "none", *options)
+    write_llm(tmp_path / "llm", "llama3")
+    (tmp_path / "llm" / "tokenizer.json").unlink()
+    refuses(["llm", "tokenizer.json"], program, "--llm", "llm", *options)
+    if program is sample:
+        for more in ("--audio", "--ckpt"):
+            refuses(["--llm", more], sample, "--llm", "llm", more, "x")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_answer_streams_in_whole_characters(tmp_path, name, capsys):
+    write_tokenizer(tmp_path, name)
+    tokenizer = load_tokenizer(tmp_path)
+    for text in ("\n na\u00efve \U0001f3a7 \u732b\u5a18 \u0915\u093f! \n",
+                 "\ufffd a \ufffd", "", " "):
+        printed, ids = [], tokenizer.encode(text)
+
+        def generate(on_token):
+            for i in ids:
+                on_token([i])
+                printed.append(capsys.readouterr().out)
+            on_token([None])
+            return ids
+
+        assert sample.say(tokenizer, generate) == ids
+        printed.append(capsys.readouterr().out)
+        assert "".join(printed) == text.strip() + "\n"
+        assert "\ufffd" in text or sum(map(bool, printed)) > 5 or len(ids) < 2
+        assert not any("\ufffd" in part for part in printed[:-1]) or "\ufffd" in text
 
 
 # ------------------------------------------------------------- slow: real files, real memory
