@@ -29,6 +29,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +48,9 @@ LLMS = {
     "llama-3.2-3b": LLMConfig(128256, 3072, 8192, 28, 24, 8, 128),
     "qwen2.5-1.5b": LLMConfig(151936, 1536, 8960, 28, 12, 2, 128, qkv_bias=True),
 }
+ENCODERS = {"whisper": "small", "sslam": "base", "clap": "tiny"}  # public sizes, for --encoders
 PAPER = {"memory": 0.641, "speed": 2.475}  # of LAL against PLITS: less, and more
+SAYS = {"plits": ("1", "0"), "lal": ("up to 3.475", "up to 64.1"), "pal": ("not given",) * 2}
 
 
 # ------------------------------------------------------------------------------------- the math
@@ -57,7 +60,7 @@ class Batch:
     """What a mode makes of B rows with Na audio tokens and Nt text tokens each.
 
     Of the audio, `prefix` tokens run through the LLM and `side` tokens are only written into the
-    cache, of those layers that are in `layers`. PLITS is all prefix, LAL all side, PAL some of each.
+    cache, of those layers that are in `layers`. PLITS is all prefix, LAL all side, PAL both.
     """
     B: int
     prefix: int
@@ -83,12 +86,17 @@ def batch(c, mode, B, Na, Nt, share=None, layers=None):
     return Batch(B, prefix, Na - prefix, Nt, tuple(layers))
 
 
+def widths(c):
+    """Width of the residual stream, of all queries, of all keys."""
+    return c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+
+
 def layer_flops(c, run, written, pairs):
     """FLOPs of one layer and row: `run` tokens pass through it, `written` leave only k and v.
 
     pairs: how many (query, key) there are, in each head. (m, k) times (k, n) takes 2 m k n.
     """
-    D, Hd, Kd = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    D, Hd, Kd = widths(c)
     return {
         "q, o": run * 2 * D * 2 * Hd,                      # W_Q x, W_O y
         "k, v": (run + written) * 2 * D * 2 * Kd,          # W_K x, W_V x
@@ -125,12 +133,11 @@ def backward_flops(c, b, frozen=False, causal=False):
     only written, text before the first such layer has no gradient to take, in that layer's W_Q,
     W_K, W_V neither, and its queries need none.
     """
-    D, V = c.hidden_size, c.vocab_size
-    Hd, Kd = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    D, Hd, Kd = widths(c)
     first = min(b.layers, default=c.num_hidden_layers) if frozen and not b.prefix else 0
     if frozen and first == c.num_hidden_layers:
         return 0
-    total = (1 if frozen else 2) * b.text * 2 * D * V
+    total = (1 if frozen else 2) * b.text * 2 * D * c.vocab_size
     for written, layers in b.kinds(c, first):
         parts = layer_flops(c, b.prefix + b.text, written, pairs(b, written, causal))
         attention = parts.pop("attention")
@@ -167,14 +174,14 @@ def ask_flops(c, b, new, causal=False):
 
 def parameters(c):
     """How many numbers the LLM's weights are."""
-    D, Hd, Kd = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    D, Hd, Kd = widths(c)
     layer = 2 * D * (Hd + Kd) + 3 * D * c.intermediate_size + 2 * D
     layer += c.qkv_bias * (Hd + 2 * Kd)
     return c.num_hidden_layers * layer + D + c.vocab_size * D * (1 if c.tie_word_embeddings else 2)
 
 
 def cache_bytes(c, b, size, new=0):
-    """Bytes of keys and values, `size` each: the same in every mode, for every token leaves them."""
+    """Bytes of keys and values, `size` each: the same in every mode, every token leaves them."""
     tokens = sum(layers * (b.prefix + written + b.text + new) for written, layers in b.kinds(c))
     return 2 * size * b.B * tokens * c.num_key_value_heads * c.head_dim
 
@@ -185,13 +192,12 @@ def kept_bytes(c, b, size, frozen=False, fused=True):
 
     fused: RMSNorm is one kernel (cuda); else it keeps x / rms besides (cpu).
     """
-    D, F_, H, d = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.head_dim
-    Hd, Kd, L, run = H * d, c.num_key_value_heads * d, c.num_hidden_layers, b.prefix + b.text
-    trained = not frozen
+    (D, Hd, Kd), H, L = widths(c), c.num_attention_heads, c.num_hidden_layers
+    run, trained = b.prefix + b.text, not frozen
     norm = D * (1 if frozen or fused else 2)    # x, and x / rms for the gain's gradient
     layer = (2 * (norm + D * trained)           # both norms; their outputs, for weight gradients
              + 2 * Hd                           # q, and softmax(...) v
-             + (3 + trained) * F_)              # gate, silu(gate), up; their product
+             + (3 + trained) * c.intermediate_size)  # gate, silu(gate), up; their product
     row = run * (L * layer + norm) + b.text * D * trained       # the last norm, the logits' input
     row += sum(layers * (run + written) * 2 * Kd for written, layers in b.kinds(c))  # k, v
     if b.side:
@@ -205,7 +211,7 @@ def kept_bytes(c, b, size, frozen=False, fused=True):
         first = min(b.layers, default=L)
         row -= b.text * (first * (layer + 2 * Kd) + norm)
         row32 -= b.text * (first * (H + 2) + 1)
-    once += 2 * (run + b.side) * d              # cos and sin of the positions
+    once += 2 * (run + b.side) * c.head_dim     # cos and sin of the positions
     return size * (b.B * row + once) + 4 * b.B * row32
 
 
@@ -213,7 +219,8 @@ def memory(c, b, size, frozen=False, fused=True):
     """Bytes of a training step, counted in five ways, each on top of the one before it."""
     P = parameters(c)
     logits = b.B * b.text * c.vocab_size * (size + 4)  # as they come, and their softmax in float32
-    counts = {"activations kept": kept_bytes(c, b, size, frozen, fused), "+ logits, softmax": logits,
+    counts = {"activations kept": kept_bytes(c, b, size, frozen, fused),
+              "+ logits, softmax": logits,
               "+ weights": size * P, "+ gradients": 0 if frozen else size * P,
               "+ Adam's state": 0 if frozen else 8 * P}  # two float32 each
     total, sums = 0, {}
@@ -272,7 +279,8 @@ def smallest(f, target):
 def headline(c, B, Nt, size, count, causal=True):
     """The Na from which on LAL saves the paper's share of memory, counted so, and of time."""
     def saving(Na):
-        plits, lal = (memory(c, batch(c, mode, B, Na, Nt), size)[count] for mode in ("plits", "lal"))
+        plits, lal = (memory(c, batch(c, mode, B, Na, Nt), size)[count]
+                      for mode in ("plits", "lal"))
         return 1 - lal / plits
 
     def speed(Na):
@@ -284,7 +292,7 @@ def headline(c, B, Nt, size, count, causal=True):
 
 
 def both(c, B, size, count, causal=True):
-    """(Na, Nt) where both headlines hold at once, that is where `headline` gives one Na; or None."""
+    """(Na, Nt) where both headlines hold at once, `headline` giving one Na; or None."""
     def gap(Nt):
         saved, sped = headline(c, B, Nt, size, count, causal)
         return (saved or MOST) - (sped or MOST)
@@ -332,6 +340,11 @@ def loss_of(logits, ids):
 
 def loss(llm, b, ids, prefix, side):
     return loss_of(pal(llm, ids, prefix, side, layers=b.layers), ids)
+
+
+def train_step(llm, b, ids, prefix, side):
+    llm.zero_grad(set_to_none=True)
+    loss(llm, b, ids, prefix, side).backward()
 
 
 @torch.no_grad()
@@ -396,19 +409,12 @@ def attention_kernels(f):
                    and "backward" not in e.key})
 
 
-def out_of_memory(e):
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
-
-
 def measure_training(llm, b, o, floor):
     device = llm.model.embed_tokens.weight.device
     batch = inputs(llm, b)
     kept = saved_bytes(lambda: loss(llm, b, *batch), [*llm.parameters(), batch[0]])
 
-    def step():
-        llm.zero_grad(set_to_none=True)
-        loss(llm, b, *batch).backward()
-
+    step = partial(train_step, llm, b, *batch)
     forget_peak(device)
     row = {"seconds": timed(step, device, o.repeats), "peak": peak(device) - floor, "kept": kept}
     return {**row, "kernels": attention_kernels(step)}
@@ -426,86 +432,81 @@ def measure_inference(llm, b, o, floor):
     return {"seconds": times, "peak": peak(device) - floor}
 
 
-def make_llm(o, device, dtype):
-    """A new LLM of these shapes, its random weights made where and as they are needed."""
-    torch.set_default_dtype(dtype)
-    with torch.device(device):
-        llm = LLM(LLMS[o.llm])
-    torch.set_default_dtype(torch.float32)
-    return llm
-
-
-def work(o, mode, kind, rows, pipe):
-    """One mode's process: measure every row (Na, Nt) and send what came out, row by row."""
-    torch.manual_seed(o.seed)
-    device, dtype = torch.device(o.device), getattr(torch, o.dtype)
-    if kind == "infer" and dtype == torch.bfloat16:
-        dtype = torch.float16  # the paper's
-    if o.memory:
-        hold_back(o.memory, device)
-    forget_peak(device)
-    floor = 0 if device.type == "cuda" else peak(device)
-    pipe.send(product_rate(device, dtype))
-    if kind == "encoders":
-        pipe.send(measure_encoders(o, device, dtype))
-        return
-    llm = make_llm(o, device, dtype).requires_grad_(kind == "train" and not o.frozen)
-    if o.compile:
-        llm.model.forward = torch.compile(llm.model.forward)
-    for Na, Nt in rows:
-        b = o.make(mode, kind, Na, Nt)
-        try:
-            row = {"train": measure_training, "infer": measure_inference}[kind](llm, b, o, floor)
-        except RuntimeError as e:  # torch's out of memory, of any device, is one
-            if not out_of_memory(e):
-                raise
-            row = {"error": "out of memory"}
-        llm.zero_grad(set_to_none=True)
-        pipe.send(row)
-
-
-def hold_back(gb, device):
-    """Let this process have so many GB, no more, for its data."""
-    if device.type == "cuda":
-        share = gb * 1e9 / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
-    else:
-        resource.setrlimit(resource.RLIMIT_DATA, (int(gb * 1e9),) * 2)
-
-
-def in_own_process(o, mode, kind, rows, bar):
-    """What `work` sends of all rows, and the rate. A process that is killed ran out of memory."""
-    spawn, done, rate = multiprocessing.get_context("spawn"), [], None
-    while len(done) < len(rows):
-        here, there = spawn.Pipe(duplex=False)
-        process = spawn.Process(target=work, args=(o, mode, kind, rows[len(done):], there))
-        process.start()
-        there.close()  # so that the end of the process is the end of the pipe
-        try:
-            rate = here.recv()
-            while len(done) < len(rows):
-                done.append(here.recv())
-                bar.update()
-        except EOFError:
-            process.join()
-            if process.exitcode >= 0:
-                raise ValueError(f"{mode}: its process failed, see above") from None
-            done.append({"error": "out of memory"})
-            bar.update()
-        process.join()
-    return done, rate
-
-
 def measure_encoders(o, device, dtype):
-    """Seconds a clip of each encoder, at its public size: the same in every mode."""
-    times = {}
+    """Seconds a clip of each encoder, at a public size: the same in every mode."""
+    took = {}
     for kind, size in ENCODERS.items():
         encoder = make_encoder(kind, size).eval().requires_grad_(False).to(device)
         wave = torch.randn(2, int(encoder.seconds * encoder.rate), device=device)
         with torch.inference_mode(), torch.autocast(device.type, dtype, dtype != torch.float32):
             found = timed(lambda: encoder(encoder.front_end(wave)), device, o.repeats)
-        times[kind] = found["median"] / len(wave)
-    return {"encoder": times, "seconds a clip": sum(times.values())}
+        took[kind] = found["median"] / len(wave)
+    return took
+
+
+def make_llm(o, device, dtype):
+    """A new LLM of these shapes, its random weights made where and as they are needed."""
+    torch.manual_seed(o.seed)
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        llm = LLM(LLMS[o.llm])
+    torch.set_default_dtype(torch.float32)
+    if o.compile:
+        llm.model.forward = torch.compile(llm.model.forward)
+    return llm
+
+
+def work(o, kind, mode, rows, pipe):
+    """One mode's process: measure every row (Na, Nt) and send what came out, row by row."""
+    device, dtype = torch.device(o.device), getattr(torch, o.dtype)
+    if device.type == "cuda":
+        share = o.memory * 1e9 / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+    elif o.memory:  # more than there is would stop the machine; this way it is an error of torch's
+        resource.setrlimit(resource.RLIMIT_DATA, (int(o.memory * 1e9),) * 2)
+    if kind == "encoders":
+        pipe.send(None)
+        pipe.send(measure_encoders(o, device, dtype))
+        return
+    if kind == "infer" and dtype == torch.bfloat16:
+        dtype = torch.float16  # the paper's
+    pipe.send(product_rate(device, dtype))
+    forget_peak(device)
+    floor = 0 if device.type == "cuda" else peak(device)
+    llm = make_llm(o, device, dtype).requires_grad_(kind == "train" and not o.frozen)
+    for Na, Nt in rows:
+        try:
+            pipe.send(MEASURES[kind](llm, o.make(mode, kind, Na, Nt), o, floor))
+        except RuntimeError as e:  # torch's out of memory is one, on every device
+            if not (isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)):
+                raise
+            pipe.send({"error": "out of memory"})
+        llm.zero_grad(set_to_none=True)
+
+
+MEASURES = {"train": measure_training, "infer": measure_inference}
+
+
+def in_own_process(o, kind, mode, rows, bar):
+    """What `work` sends of all rows. A process that is killed ran out of memory."""
+    spawn, done = multiprocessing.get_context("spawn"), []
+    while len(done) < len(rows):
+        here, there = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=work, args=(o, kind, mode, rows[len(done):], there))
+        process.start()
+        there.close()  # so that the end of the process is the end of the pipe
+        try:
+            rate = here.recv()
+            while len(done) < len(rows):
+                done.append({"mode": mode, "rate": rate, **here.recv()})
+                bar.update()
+        except EOFError:
+            process.join()
+            if process.exitcode >= 0:
+                raise ValueError(f"{mode}: its process failed, for the reason above") from None
+            done.append({"mode": mode, "error": "out of memory"})
+        process.join()
+    return [{"Na": Na, "Nt": Nt, **row} for (Na, Nt), row in zip(rows, done)]
 
 
 # ------------------------------------------------------------------------- one beside the other
@@ -522,12 +523,10 @@ def peer_step(llm, ids, audio):
     peer = getattr(peers, name + "ForCausalLM")(config).to(audio.device, audio.dtype)
     missing, surprising = peer.load_state_dict(llm.state_dict(), strict=False)
     assert set(missing) <= {"lm_head.weight"} and not surprising, (missing, surprising)
-    for ours, theirs in zip(llm.parameters(), peer.parameters()):
-        theirs.requires_grad_(ours.requires_grad)
+    peer.requires_grad_(llm.model.norm.weight.requires_grad)
 
     def step():
         peer.zero_grad(set_to_none=True)
-        audio.grad = None
         embeds = torch.cat([audio, peer.get_input_embeddings()(ids)], dim=1)
         logits = peer(inputs_embeds=embeds, logits_to_keep=ids.shape[1], use_cache=False).logits
         loss_of(logits, ids).backward()
@@ -537,120 +536,114 @@ def peer_step(llm, ids, audio):
 
 def side_by_side(o):
     """Training steps of every mode (and the peer's), in turn, in one process; the best of each."""
-    torch.manual_seed(o.seed)
     device, (Na, Nt) = torch.device(o.device), o.rows[-1]
     llm = make_llm(o, device, getattr(torch, o.dtype)).requires_grad_(not o.frozen)
-    batches = {mode: o.make(mode, "train", Na, Nt) for mode in SHARES}
-    ids, audio = inputs(llm, batches["plits"])
-    steps = {mode: lambda b=b: train_step(llm, ids, audio, b) for mode, b in batches.items()}
-    if o.peer:
-        steps["peer"], gradients = peer_step(llm, ids, audio), []
-        for name in ("plits", "peer"):
-            steps[name]()
-            gradients.append(audio.grad.float())
-        far = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
-        assert far < (1e-3 if o.dtype == "float32" else 0.1), f"the peer computes otherwise: {far}"
+    steps, flops, gradients = {}, {}, {}
+    for mode in SHARES:
+        b = o.make(mode, "train", Na, Nt)
+        ids, *audio = inputs(llm, b)
+        flops[mode] = train_flops(LLMS[o.llm], b, o.frozen)
+        steps[mode] = partial(train_step, llm, b, ids, *audio)
+        if mode == "plits" and o.peer:
+            steps["peer"], flops["peer"] = peer_step(llm, ids, audio[0]), flops[mode]
+            for name in steps:
+                audio[0].grad = None
+                steps[name]()
+                gradients[name] = audio[0].grad.float()
+            far = (gradients["plits"] - gradients["peer"]).norm() / gradients["peer"].norm()
+            assert far < (1e-3 if o.dtype == "float32" else 0.1), f"the peer is off by {far}"
     best = dict.fromkeys(steps, float("inf"))
     for turn in tqdm(range(o.rounds + 1), desc="side by side", leave=False):
         for name, step in steps.items():
             took = seconds(step, device)
-            if turn:  # the first one warms up
-                best[name] = min(best[name], took)
-    flops = {mode: train_flops(LLMS[o.llm], b, o.frozen) for mode, b in batches.items()}
-    flops["peer"] = flops["plits"]
+            best[name] = min(best[name], took) if turn else best[name]  # the first one warms up
     rows = []
     for name, took in best.items():
         ratio, sped = flops["plits"] / flops[name], best["plits"] / took
-        row = {"step": name, "best s": took, "FLOPs T": flops[name] / 1e12, "speed-up": sped,
+        row = {"step": name, "best s": took, "GFLOPs": flops[name] / 1e9, "speed-up": sped,
                "predicted": ratio, "reached %": 100 * sped / ratio}
-        rows.append(row | ({"against peer": best["peer"] / took} if o.peer else {}))
-    return {"Na": Na, "Nt": Nt, "batch": o.batch, "rounds": o.rounds, "rows": rows}
+        rows.append(row | ({"x peer": best["peer"] / took} if o.peer else {}))
+    return rows
 
 
 # ----------------------------------------------------------------------------------- the report
 
 def table(title, rows):
-    """Print dicts, all with the same keys, as aligned columns."""
+    """Print dicts as aligned columns, named by the keys of the longest."""
     def show(x):
-        return "" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x)
+        return "-" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x)
 
-    columns = [[name, *(show(row.get(name)) for row in rows)] for name in rows[0]]
-    widths = [max(map(len, column)) for column in columns]
+    columns = [[name.strip(), *(show(row.get(name)) for row in rows)]
+               for name in max(rows, key=len)]
     print(f"\n{title}")
     for line in zip(*columns):
-        print("  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
-
-
-def against(row, rows, f):
-    """f of PLITS's row with the same Na and Nt, and f of this one; None if one ran out of memory."""
-    base = next(r for r in rows if r["mode"] == "plits" and (r["Na"], r["Nt"]) == (row["Na"], row["Nt"]))
-    return None if "error" in row or "error" in base else (f(base), f(row))
+        print("  " + "  ".join(cell.rjust(max(map(len, column)))
+                               for cell, column in zip(line, columns)))
 
 
 def training_report(o, found, encoding):
     """Rows of the training table: prediction, measurement, the paper's word, side by side."""
     c, size, fused = LLMS[o.llm], getattr(torch, o.dtype).itemsize, o.device.startswith("cuda")
-    lines = []
+    lines, plits = [], {(r["Na"], r["Nt"]): r for r in found if r["mode"] == "plits"}
     for row in found:
-        base, b = (o.make(mode, "train", row["Na"], row["Nt"]) for mode in ("plits", row["mode"]))
-        flops, of_plits = (train_flops(c, x, o.frozen) for x in (b, base))
-        seen = train_flops(c, b, o.frozen, causal=True)
-        keeps = kept_bytes(c, b, size, o.frozen, fused) + 4 * b.B * b.text * c.vocab_size
-        least, most = (memory(c, x, size, o.frozen, fused)["+ gradients"] for x in (b, base))
-        line = {"mode": row["mode"], "Na": row["Na"], "Nt": row["Nt"], "GFLOPs": flops / 1e9,
-                "causal": seen / 1e9}
+        at, mode = (row["Na"], row["Nt"]), row["mode"]
+        both = [o.make(m, "train", *at) for m in ("plits", mode)]
+        flops = [train_flops(c, b, o.frozen) for b in both]
+        seen = [train_flops(c, b, o.frozen, causal=True) for b in both]
+        peaks = [memory(c, b, size, o.frozen, fused)["+ gradients"] for b in both]
+        line = {"mode": mode, "Na": at[0], "Nt": at[1], "GFLOPs": flops[1] / 1e9,
+                "causal": seen[1] / 1e9, "samples/s": row.get("error")}
         lines.append(line)
         if "error" in row:
-            line["samples/s"] = row["error"]
             continue
-        t = row["seconds"]
-        line |= {"samples/s": b.B / t["median"],
-                 "spread %": 100 * (t["max"] - t["min"]) / t["median"]}
-        if encoding:
-            line["with encoders"] = b.B / (t["median"] + b.B * encoding)
-        sped = against(row, found, lambda r: r["seconds"]["median"])
-        saved = against(row, found, lambda r: r["peak"])
-        line |= {"speed-up predicted": of_plits / flops,
-                 "causal ": train_flops(c, base, o.frozen, causal=True) / seen,
-                 "measured": sped and sped[0] / sped[1],
-                 "paper": {"lal": "up to 3.475", "pal": "not given"}.get(row["mode"], "1"),
-                 "kept MB predicted": keeps / 1e6, "measured ": row["kept"] / 1e6,
-                 "peak MB predicted": least / 1e6, "measured  ": row["peak"] / 1e6,
-                 "saved % predicted": 100 * (1 - least / most),
-                 "measured   ": saved and 100 * (1 - saved[1] / saved[0]),
-                 "paper ": {"lal": "up to 64.1", "pal": "not given"}.get(row["mode"], "0"),
-                 "utilisation %": 100 * seen / t["median"] / row["rate"],
+        took, base = row["seconds"]["median"], plits[at] if "error" not in plits[at] else None
+        line |= {"samples/s": o.batch / took,
+                 "spread %": 100 * (row["seconds"]["max"] - row["seconds"]["min"]) / took,
+                 "with encoders": encoding and o.batch / (took + o.batch * encoding),
+                 "x PLITS predicted": flops[0] / flops[1], "causal ": seen[0] / seen[1],
+                 "measured": base and base["seconds"]["median"] / took, "paper": SAYS[mode][0],
+                 "kept MB predicted": kept(o, both[1]) / 1e6, "measured ": row["kept"] / 1e6,
+                 "peak MB predicted": peaks[1] / 1e6, "measured  ": row["peak"] / 1e6,
+                 "saved % predicted": 100 * (1 - peaks[1] / peaks[0]),
+                 "measured   ": base and 100 * (1 - row["peak"] / base["peak"]),
+                 "paper ": SAYS[mode][1], "utilisation %": 100 * seen[1] / took / row["rate"],
                  "attention": "+".join(row["kernels"])}
     return lines
 
 
+def kept(o, b):
+    """What a training step keeps, the softmax of its logits too: what saved_bytes measures."""
+    c, size, fused = LLMS[o.llm], getattr(torch, o.dtype).itemsize, o.device.startswith("cuda")
+    return kept_bytes(c, b, size, o.frozen, fused) + 4 * b.B * b.text * c.vocab_size
+
+
 def inference_report(o, found, encoding):
-    """Rows of the inference table; the second question costs what is left when hearing is not."""
-    c, size = LLMS[o.llm], 2 if o.dtype == "bfloat16" else getattr(torch, o.dtype).itemsize
-    lines = []
+    """Rows of the inference table; a second question costs what is left when hearing is not."""
+    c, size = LLMS[o.llm], getattr(torch, o.dtype).itemsize
+    lines, plits = [], {(r["Na"], r["Nt"]): r for r in found if r["mode"] == "plits"}
     for row in found:
-        b = o.make(row["mode"], "infer", row["Na"], row["Nt"])
+        at, B = (row["Na"], row["Nt"]), o.infer_batch
+        b = o.make(row["mode"], "infer", *at)
         heard, asked = hear_flops(c, b), ask_flops(c, b, o.new_tokens)
-        line = {"mode": row["mode"], "Na": row["Na"], "Nt": row["Nt"],
-                "hear GFLOPs": heard / 1e9, "ask": asked / 1e9}
+        line = {"mode": row["mode"], "Na": at[0], "Nt": at[1], "GFLOPs to hear": heard / 1e9,
+                "to answer": asked / 1e9, "s to hear": row.get("error")}
         lines.append(line)
         if "error" in row:
-            line["hear s"] = row["error"]
             continue
-        hears, prompt, whole = (row["seconds"][name]["median"] for name in ("hear", "ask", "all"))
-        sped = against(row, found, lambda r: sum(r["seconds"][n]["median"] for n in ("hear", "all")))
-        saved = against(row, found, lambda r: r["peak"])
-        line |= {"hear s": hears, "question s": prompt, "answer s": whole - prompt,
-                 "samples/s": b.B / (hears + whole)}
-        if encoding:
-            line["with encoders"] = b.B / (hears + whole + b.B * encoding)
-        line |= {"speed-up": sped and sped[0] / sped[1],
-                 "2nd question % of 1st predicted": 100 * asked / (heard + asked),
-                 "measured": 100 * whole / (hears + whole),
+        hears, reads, answers = (row["seconds"][name]["median"] for name in ("hear", "ask", "all"))
+        base = plits[at] if "error" not in plits[at] else None
+        whole = base and base["seconds"]["hear"]["median"] + base["seconds"]["all"]["median"]
+        line |= {"s to hear": hears, "to read": reads, "to answer ": answers - reads,
+                 "samples/s": B / (hears + answers),
+                 "with encoders": encoding and B / (hears + answers + B * encoding),
+                 "x PLITS": whole and whole / (hears + answers),
+                 "2nd question, % of 1st, predicted": 100 * asked / (heard + asked),
+                 "measured": 100 * answers / (hears + answers),
                  "cache MB": cache_bytes(c, b, size, o.new_tokens) / 1e6,
                  "peak MB predicted": infer_bytes(c, b, size, o.new_tokens) / 1e6,
                  "measured ": row["peak"] / 1e6,
-                 "saved %": saved and 100 * (1 - saved[1] / saved[0])}
+                 "saved %": base and 100 * (1 - row["peak"] / base["peak"]),
+                 "paper": {"plits": "0", "lal": "up to 83", "pal": "not given"}[row["mode"]]}
     return lines
 
 
@@ -663,93 +656,76 @@ def arithmetic_report(o):
         parts = {name: n / 1e9 for name, n in forward_flops(c, b).items()}
         costs.append({"mode": mode, **parts, "forward": sum(parts.values()),
                       "backward": backward_flops(c, b, o.frozen) / 1e9,
-                      "causal, both": train_flops(c, b, o.frozen, causal=True) / 1e9,
+                      "both, causal": train_flops(c, b, o.frozen, causal=True) / 1e9,
                       "kept MB": kept_bytes(c, b, 2, o.frozen) / 1e6,
                       "cache MB": cache_bytes(c, b, 2) / 1e6})
-    for count in tqdm(memory(c, b, 2), desc="accounting", leave=False):
+    for count in memory(c, b, 2):
         line = {"counted": count}
-        for text in sorted({16, 64, 256}):
-            saved, line[f"Na for 247.5%, Nt {text}"] = headline(c, o.batch, text, 2, count)
-            line[f"Na for 64.1%, Nt {text}"] = saved
+        for text in (16, 64, 256):
+            line[f"Nt {text}: 64.1% at Na"], line[f"Nt {text}: 247.5% at Na"] = headline(
+                c, o.batch, text, 2, count)
         line["both at (Na, Nt)"] = both(c, o.batch, 2, count)
         counts.append(line)
     return {"costs": costs, "limits": limits(c, Nt), "accounting": counts}
 
 
 def machine(device):
-    cpu = platform.processor() or platform.machine()
-    if sys.platform == "linux":
-        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu,
-            "python": platform.python_version(), "torch": torch.__version__}
-
-
-def commit():
-    """The commit that these numbers are of, with + if files differ from it; None outside of git."""
+    """What the numbers were measured on, and of which commit (+: files differ from it)."""
     def git(*words):
         return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True,
-                              text=True, check=True).stdout.strip()
-    try:
-        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
-    except (OSError, subprocess.CalledProcessError):
-        return None
+                              text=True).stdout.strip()
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"cpu": names[0] if names else platform.processor(), "gpu": gpu,
+            "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "torch": torch.__version__,
+            "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "-s", "-uno"))}
 
 
-def pictures(o, training, rate):
-    """Two pictures in o.out: memory and throughput against Na; the FLOPs of one layer."""
+def picture(o, measured):
+    """Memory and throughput against Na, and where one layer's FLOPs go, as one PNG in o.out."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
-        print("no pictures: pip install matplotlib", file=sys.stderr)
+        print("no picture: it needs pip install matplotlib", file=sys.stderr)
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    c, size = LLMS[o.llm], getattr(torch, o.dtype).itemsize
-    (Na, Nt), fused = o.rows[-1], o.device.startswith("cuda")
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    colours = dict(zip(SHARES, ("tab:red", "tab:blue", "tab:purple")))
-    for mode, colour in colours.items():
-        lengths = [n for n, text in o.rows if text == Nt]
-        line = range(min(lengths), max(lengths) + 1, max(1, max(lengths) // 200))
+    c, (Na, Nt) = LLMS[o.llm], o.rows[-1]
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    stored, speed, layer = figure.subplots(1, 3)
+    rate = max((row["rate"] for row in measured if "rate" in row), default=1e12)
+    for mode, colour in zip(SHARES, ("tab:red", "tab:blue", "tab:purple")):
+        line = sorted({max(1, Na * i // 100) for i in range(101)})
         batches = [o.make(mode, "train", n, Nt) for n in line]
-        keeps = [(kept_bytes(c, b, size, o.frozen, fused) + 4 * b.B * b.text * c.vocab_size) / 1e6
-                 for b in batches]
-        axes[0].plot(line, keeps, color=colour, label=mode.upper())
-        if rate:
-            speeds = [b.B * rate / train_flops(c, b, o.frozen, causal=True) for b in batches]
-            axes[1].plot(line, speeds, color=colour)
-        dots = [r for r in training if (r["mode"], r["Nt"]) == (mode, Nt) and "error" not in r]
-        axes[0].plot([r["Na"] for r in dots], [r["kept"] / 1e6 for r in dots], "o", color=colour)
-        axes[1].plot([r["Na"] for r in dots], [o.batch / r["seconds"]["median"] for r in dots], "o",
-                     color=colour)
-    bottoms = dict.fromkeys(SHARES, 0)
+        rows = [r for r in measured if (r["mode"], r["Nt"]) == (mode, Nt) and "error" not in r]
+        for axis, predicted, dots in (
+                (stored, [kept(o, b) / 1e6 for b in batches], [r["kept"] / 1e6 for r in rows]),
+                (speed, [o.batch * rate / train_flops(c, b, o.frozen, True) for b in batches],
+                 [o.batch / r["seconds"]["median"] for r in rows])):
+            axis.plot(line, predicted, color=colour, label=mode.upper())
+            axis.plot([r["Na"] for r in rows], dots, "o", color=colour)
+    low = [0] * len(SHARES)
     for part in layer_flops(c, 1, 0, 1):
-        heights = [forward_flops(c, o.make(mode, "train", Na, Nt))[part] / c.num_hidden_layers / 1e9
-                   for mode in SHARES]
-        axes[2].bar([mode.upper() for mode in SHARES], heights, bottom=list(bottoms.values()), label=part)
-        bottoms = dict(zip(SHARES, (a + b for a, b in zip(bottoms.values(), heights))))
-    for axis, title in zip(axes, ("kept for backward, MB", "training, samples/s",
-                                  f"GFLOPs of one layer, forward, Na {Na}")):
-        axis.set_title(title)
-    for axis in axes[:2]:
-        axis.set_xlabel(f"audio tokens Na (Nt {Nt}, batch {o.batch}); lines predicted, dots measured")
-        axis.set_yscale("log")
-    axes[0].legend()
-    axes[2].legend()
-    path = Path(o.out)
-    path.mkdir(parents=True, exist_ok=True)
-    figure.suptitle(f"{o.llm}, {o.dtype}")
-    figure.savefig(path / f"bench-{o.llm}.png", dpi=80)
-    print(f"wrote {path / f'bench-{o.llm}.png'}", file=sys.stderr)
+        high = [forward_flops(c, o.make(mode, "train", Na, Nt))[part] / c.num_hidden_layers / 1e9
+                for mode in SHARES]
+        layer.bar([mode.upper() for mode in SHARES], high, bottom=low, label=part)
+        low = [a + b for a, b in zip(low, high)]
+    stored.set_title("kept for backward, MB")
+    speed.set_title(f"training steps, samples/s\n(lines: all FLOPs at {rate / 1e9:.3g} GFLOP/s)")
+    layer.set_title(f"GFLOPs of one layer, forward, Na {Na}")
+    for axis in (stored, speed):
+        axis.set(xlabel=f"audio tokens Na (Nt {Nt}); lines predicted, dots measured", yscale="log")
+    stored.legend()
+    layer.legend()
+    figure.suptitle(f"{o.llm}, {o.dtype}, batch {o.batch}")
+    path = Path(o.out) / f"bench-{o.llm}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=70)
+    print(f"wrote {path}", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------- options
-
-ENCODERS = {"whisper": "small", "sslam": "base", "clap": "tiny"}  # public sizes, for --encoders
-
 
 def numbers(text, flag, low=1, high=1 << 20):
     """"4,8-10" as [4, 8, 9, 10], in order. ValueError if it says anything else."""
@@ -765,13 +741,11 @@ def numbers(text, flag, low=1, high=1 << 20):
 
 
 def available(device):
-    """Bytes of memory that a new process could have on the device; None if nobody says."""
+    """Bytes of memory that a new process could have on the device; 0 if nobody says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if sys.platform == "linux":
-        words = Path("/proc/meminfo").read_text().split()
-        return int(words[words.index("MemAvailable:") + 1]) * 1024
-    return None
+    words = Path("/proc/meminfo").read_text().split() if sys.platform == "linux" else []
+    return int(words[words.index("MemAvailable:") + 1]) * 1024 if words else 0
 
 
 @dataclass(frozen=True)
@@ -788,8 +762,8 @@ class Options:
     frozen: bool = option(False, "train the audio tokens alone: stage 1")
     sweep: bool = option(True, "measure every mode in a process of its own")
     repeats: int = option(5, "runs whose median is taken, after one that does not count", low=1)
-    rounds: int = option(0, "also run the modes' training steps in turn in one process, so often, at "
-                            "the last Na and Nt, and keep the best")
+    rounds: int = option(0, "also run all modes' training steps in turn in one process, so often, "
+                            "at the last Na and Nt, and keep the best")
     peer: bool = option(False, "beside them transformers' PLITS step (5 rounds unless --rounds)")
     encoders: bool = option(False, "the encoders' time too: whisper small, sslam, clap tiny")
     compile: bool = option(False, "torch.compile the decoder")
@@ -820,13 +794,14 @@ def settle(o):
     rows = [(a, t) for t in numbers(o.nt, "--nt") for a in
             numbers(Na if o.na == "auto" else o.na, "--na")]
     last = c.num_hidden_layers - 1
-    layers = numbers(f"0-{last}" if o.lal_layers == "all" else o.lal_layers, "--lal-layers", 0, last)
+    layers = f"0-{last}" if o.lal_layers == "all" else o.lal_layers
+    layers = numbers(layers, "--lal-layers", 0, last)
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if o.dtype == "auto" else o.dtype
     s = Settings(**{**asdict(o), "device": str(device), "dtype": dtype, "rows": tuple(rows),
                     "layers": tuple(layers), "batch": o.batch or (2 if small else 8),
                     "infer_batch": o.infer_batch or (2 if small else 12),
                     "rounds": o.rounds or 5 * o.peer,
-                    "memory": o.memory or (available(device) or 0) / 1e9})
+                    "memory": o.memory or available(device) / 1e9})
     needed = parameters(c) * getattr(torch, dtype).itemsize / 1e9
     if s.memory and needed > s.memory and (o.sweep or s.rounds):
         raise ValueError(f"--llm {o.llm}: its weights alone take {needed:.2g} GB of {dtype}, and "
@@ -836,40 +811,38 @@ def settle(o):
 
 def main(o):
     o = settle(o)
-    device = torch.device(o.device)
-    result = {"settings": asdict(o), "machine": machine(device), "commit": commit()}
-    print(f"{o.llm}, {o.dtype}, training batch {o.batch}, inference batch {o.infer_batch}; "
-          f"PAL runs {o.share:.0%} of its audio tokens; {'LLM frozen' if o.frozen else 'all trained'}")
+    result = {"settings": asdict(o), "machine": machine(torch.device(o.device))}
+    print(f"{o.llm}, {o.dtype}, training batch {o.batch}, inference batch {o.infer_batch}; PAL "
+          f"runs {o.share:.0%} of its audio tokens and writes the rest; "
+          f"{'the LLM is frozen' if o.frozen else 'all is trained'}")
+    print(*(f"{name} {value}" for name, value in result["machine"].items()), sep=", ")
     result |= arithmetic_report(o)
-    table(f"arithmetic: GFLOPs of a step at Na, Nt = {o.rows[-1]}; MB at 2 bytes a number",
+    table(f"arithmetic: GFLOPs of a step at (Na, Nt) = {o.rows[-1]}; MB at 2 bytes a number",
           result["costs"])
     table("PLITS / LAL as Na grows", [result["limits"]])
-    table("accounting: the smallest Na where LAL reaches the paper's figures (causal FLOPs)",
+    table(f"accounting at batch {o.batch}: where LAL reaches the paper's figures, by causal FLOPs",
           result["accounting"])
-    rate, encoding = None, 0
+    measured = {"train": [], "infer": []}
     if o.sweep:
-        measured = {"train": [], "infer": []}
-        with tqdm(total=2 * len(SHARES) * len(o.rows) + o.encoders, desc="sweep", leave=False) as bar:
-            if o.encoders:
-                result["encoders"] = in_own_process(o, "encoders", "encoders", [(0, 0)], bar)[0][0]
-                encoding = result["encoders"].get("seconds a clip", 0)
-                print(f"encoders: {result['encoders']}")
+        steps = len(measured) * len(SHARES) * len(o.rows) + o.encoders
+        with tqdm(total=steps, desc="sweep", leave=False) as bar:
+            encoders = in_own_process(o, "encoders", "all", [(0, 0)], bar) if o.encoders else []
             for kind, found in measured.items():
                 for mode in SHARES:
-                    rows, rate = in_own_process(o, mode, kind, o.rows, bar)
-                    found += [{"mode": mode, "Na": Na, "Nt": Nt, "rate": rate, **row}
-                              for (Na, Nt), row in zip(o.rows, rows)]
-        result |= {"training": training_report(o, measured["train"], encoding),
-                   "inference": inference_report(o, measured["infer"], encoding),
-                   "measured": measured}
-        table("training, forward and backward", result["training"])
+                    found += in_own_process(o, kind, mode, o.rows, bar)
+        encoding = sum(encoders[0].get(kind, 0) for kind in ENCODERS) if encoders else None
+        result |= {"encoders": encoders, "measured": measured,
+                   "training": training_report(o, measured["train"], encoding),
+                   "inference": inference_report(o, measured["infer"], encoding)}
+        if encoders:
+            table("encoders, seconds a clip", [{**ENCODERS, **encoders[0]}])
+        table("training, forward and backward, each mode in its own process", result["training"])
         table(f"inference, {o.new_tokens} new tokens", result["inference"])
-        rate = max(row["rate"] for row in measured["train"])
-        pictures(o, measured["train"], rate)
     if o.rounds:
         result["side by side"] = side_by_side(o)
-        table(f"training steps in turn in one process, best of {o.rounds}, Na, Nt = {o.rows[-1]}",
-              result["side by side"]["rows"])
+        table(f"training steps in turn in one process, best of {o.rounds}, (Na, Nt) = {o.rows[-1]}",
+              result["side by side"])
+    picture(o, measured["train"])
     print(json.dumps(result))
 
 

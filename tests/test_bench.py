@@ -108,3 +108,104 @@ def test_parameters_are_counted(c):
     with torch.device("meta"):
         assert sum(p.numel() for p in LLM(bench.LLMS["llama-3.2-1b"]).parameters()) == (
             bench.parameters(bench.LLMS["llama-3.2-1b"])) == 1235814400
+
+
+def test_the_limits_are_what_the_ratios_tend_to():
+    c = LLMConfig(500, 64, 256, 4, 8, 2, 8)
+    told, Na = bench.limits(c, 20), 10 ** 9
+    plits, lal = (batch(c, mode, 1, Na, 20) for mode in ("plits", "lal"))
+    slope = bench.train_flops(c, plits) / bench.train_flops(c, lal) / Na
+    assert slope == pytest.approx(told["FLOPs, more for each audio token"], rel=1e-5)
+    kept = bench.kept_bytes(c, plits, 2) / bench.kept_bytes(c, lal, 2)
+    assert kept == pytest.approx(told["kept"], rel=1e-5)
+    assert told["FLOPs, at first"] > 1 and told["cache"] == 1
+
+
+@pytest.mark.parametrize("count", list(bench.memory(SMALL, batch(SMALL, "lal", 1, 9, 9), 2)))
+def test_the_headlines_fall_out_where_the_search_says(count):
+    c, B, Nt = bench.LLMS["llama-3.2-1b"], 8, 64
+
+    def reached(Na, Nt):
+        plits, lal = (batch(c, mode, B, Na, Nt) for mode in ("plits", "lal"))
+        sped = bench.train_flops(c, plits, causal=True) / bench.train_flops(c, lal, causal=True)
+        memory = [bench.memory(c, b, 2)[count] for b in (plits, lal)]
+        return 1 - memory[1] / memory[0], sped - 1
+
+    saved, sped = bench.headline(c, B, Nt, 2, count)
+    assert reached(saved - 1, Nt)[0] < 0.641 <= reached(saved, Nt)[0]
+    assert reached(sped - 1, Nt)[1] < 2.475 <= reached(sped, Nt)[1]
+    assert reached(*bench.both(c, B, 2, count)) == pytest.approx((0.641, 2.475), rel=0.05)
+
+
+# ---------------------------------------------------------------------------------- the program
+
+TINY = ("--na", "4,8", "--nt", "3", "--new-tokens", "2", "--repeats", "1")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(bench.LLMS, "small", SMALL)
+
+
+def test_the_last_line_of_a_report_is_all_of_it_as_json(call, tiny):
+    code, stdout, _ = call(bench, "--no-sweep", "--rounds", "1", *TINY)
+    assert code == 0
+    result = json.loads(stdout.splitlines()[-1])
+    assert {"settings", "machine", "costs", "limits", "accounting", "side by side"} <= set(result)
+    assert [row["step"] for row in result["side by side"]] == ["plits", "lal", "pal"]
+    assert all(row["best s"] > 0 for row in result["side by side"])
+    c, b = SMALL, batch(SMALL, "pal", 2, 8, 3)
+    pal = result["costs"][2]
+    assert pal["forward"] * 1e9 == pytest.approx(sum(bench.forward_flops(c, b).values()))
+    assert b.prefix == b.side == 4
+
+
+def test_rows_measured_in_a_process_stand_beside_their_prediction(capsys):
+    o = bench.settle(bench.Options(na="4,8", nt="3", new_tokens=2, repeats=1, batch=1))
+    found = bench.in_own_process(o, "train", "lal", o.rows, bench.tqdm(disable=True))
+    assert [(r["mode"], r["Na"], r["Nt"]) for r in found] == [("lal", 4, 3), ("lal", 8, 3)]
+    line = bench.training_report(o, [{**r, "mode": "plits"} for r in found] + found, None)[-1]
+    assert line["kept MB predicted"] == pytest.approx(line["measured "], rel=0.02)
+    assert line["measured"] == 1 and line["paper"] == "up to 3.475"
+
+
+def test_inference_is_measured_in_parts(tiny, capsys):
+    o = bench.settle(bench.Options(na="4", nt="3", new_tokens=3, repeats=1))
+    llm = bench.make_llm(o, torch.device("cpu"), torch.float32)
+    rows = [{"mode": mode, "Na": 4, "Nt": 3, "rate": 1e9,
+             **bench.measure_inference(llm, o.make(mode, "infer", 4, 3), o, 0)}
+            for mode in bench.SHARES]
+    for line in bench.inference_report(o, rows, None):
+        assert 0 < line["measured"] < 100 and line["samples/s"] > 0
+
+
+def test_out_of_memory_is_a_row_and_the_sweep_goes_on(capsys):
+    o = bench.settle(bench.Options(na="4,30000", nt="3", batch=8, repeats=1, memory=2.0))
+    found = bench.in_own_process(o, "train", "plits", [(30000, 3), (4, 3)], bench.tqdm(disable=True))
+    assert found[0]["error"] == "out of memory" and "seconds" in found[1]
+    lines = bench.training_report(o, found, None)
+    assert lines[0]["samples/s"] == "out of memory" and lines[1]["samples/s"] > 0
+
+
+@pytest.mark.parametrize("words, options", [
+    (["gpt-5", "llama-3.2-1b", "qwen2.5-1.5b"], ["--llm", "gpt-5"]),
+    (["--na", "whole numbers"], ["--na", "12,x"]),
+    (["--lal-layers", "0 to 7"], ["--lal-layers", "5-8"]),
+    (["llama-3.2-1b", "4.9 GB", "1 GB"], ["--llm", "llama-3.2-1b", "--memory", "1"]),
+    (["--peer", "pip install transformers"], ["--no-sweep", "--peer", *TINY]),
+])
+def test_a_users_mistake_is_one_line(refuses, tiny, monkeypatch, words, options):
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    refuses(words, bench, *options)
+
+
+def test_help_says_how_to_read_the_result(call):
+    code, stdout, _ = call(bench, "--help")
+    assert code == 0 and "How to read the result" in stdout and "64.1%" in stdout
+    assert "%%" not in stdout
+
+
+def test_the_peer_computes_the_same(tiny, capsys):
+    pytest.importorskip("transformers")
+    o = bench.settle(bench.Options(na="8", nt="3", rounds=1, peer=True))
+    assert [row["step"] for row in bench.side_by_side(o)] == ["plits", "peer", "lal", "pal"]
