@@ -1,4 +1,4 @@
-"""The arithmetic of bench.py is what torch counts, to the last FLOP and byte, and its report holds."""
+"""The arithmetic of bench.py is what torch counts, to the last FLOP; its report says what it is."""
 import json
 import random
 from dataclasses import replace
@@ -110,6 +110,16 @@ def test_parameters_are_counted(c):
             bench.parameters(bench.LLMS["llama-3.2-1b"])) == 1235814400
 
 
+@pytest.mark.parametrize("mode", list(bench.SHARES))
+def test_the_attention_kernel_is_named(mode):
+    b = batch(SMALL, mode, 1, 6, 4)
+    llm, inputs = heard(SMALL, b)
+    for backend, names in ((SDPBackend.FLASH_ATTENTION, {"flash"}), (SDPBackend.MATH, set())):
+        with sdpa_kernel(backend), bench.AttentionKernels() as kernels:
+            bench.loss(llm, b, *inputs)
+        assert kernels.names == names
+
+
 def test_the_limits_are_what_the_ratios_tend_to():
     c = LLMConfig(500, 64, 256, 4, 8, 2, 8)
     told, Na = bench.limits(c, 20), 10 ** 9
@@ -180,8 +190,9 @@ def test_inference_is_measured_in_parts(tiny, capsys):
 
 
 def test_out_of_memory_is_a_row_and_the_sweep_goes_on(capsys):
-    o = bench.settle(bench.Options(na="4,30000", nt="3", batch=8, repeats=1, memory=2.0))
-    found = bench.in_own_process(o, "train", "plits", [(30000, 3), (4, 3)], bench.tqdm(disable=True))
+    o = bench.settle(bench.Options(na="4,20000", nt="3", batch=4, repeats=1, memory=1.5))
+    rows = [(20000, 3), (4, 3)]
+    found = bench.in_own_process(o, "train", "plits", rows, bench.tqdm(disable=True))
     assert found[0]["error"] == "out of memory" and "seconds" in found[1]
     lines = bench.training_report(o, found, None)
     assert lines[0]["samples/s"] == "out of memory" and lines[1]["samples/s"] > 0
