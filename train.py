@@ -3,6 +3,7 @@
     python train.py --mode lal                                # on the listening world, minutes
     python train.py --mode plits --data train.json --val-data val.json       # on your own sounds
     python train.py --prepare                                 # make assets/base.pt anew
+    python train.py --watch out/lal/model.pt                  # does it look at what it names?
 
 The listening world stands in for the paper's data (OpenAQA, millions of clips): clips of four
 seconds, and questions whose answers are known because we put the sounds there. Nothing is stored:
@@ -15,9 +16,9 @@ import sys
 import time
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from itertools import groupby
+from itertools import count, groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,11 @@ from torch import nn
 from tqdm import tqdm
 
 from encoders import load_audio, load_encoder, make_encoder, resample, save_wav
-from integrate import (ROUTES, AudioLLM, from_bytes, load_checkpoint, run, save_atomically, stack,
-                       to_bytes)
+from integrate import (MODES, Arm, AudioLLM, from_bytes, load_checkpoint, run, save_atomically,
+                       stack, to_bytes)
 from model import LLM, LLMConfig, load_tokenizer, read_tokenizer, train_tokenizer
-from sample import command_line, option, pick_device, read_items, tell_fit
+from sample import (command_line, listen, on_grid, option, pick_device, read_items, tell_fit,
+                    words)
 
 # ----------------------------------------------------------------------------- the listening world
 RATE = 16000                                   # samples per second
@@ -449,14 +451,37 @@ def schedule(step, steps):
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def optimizer_of(model, rates):
-    """AdamW for the parts in `rates` (part: peak learning rate); all other parts stay frozen."""
-    model.requires_grad_(False)
-    groups = []
-    for part, lr in rates.items():
-        getattr(model, part).requires_grad_(True)
-        groups.append({"params": list(getattr(model, part).parameters()), "lr": lr, "peak": lr})
+def optimizer_of(model, rates, freeze="none"):
+    """AdamW for the parts in `rates` (part: peak learning rate); all other parts stay frozen, and
+    with freeze "ffn" the LLM's feed-forward weights too."""
+    groups = {part: [] for part in rates}
+    for name, p in model.named_parameters():
+        part = name.split(".")[0]
+        kept = freeze == "ffn" and part == "llm" and ".mlp." in name
+        p.requires_grad_(part in rates and not kept)
+        if p.requires_grad:
+            groups[part].append(p)
+    groups = [{"params": groups[part], "lr": lr, "peak": lr} for part, lr in rates.items()]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05)
+
+
+def tell_parts(model, stages, freeze):
+    """Say aloud how many parameters each part has and in which stages it is trained."""
+    parts = {}
+    for name, p in model.named_parameters():
+        part = ".".join(name.split(".")[:2])
+        if name.startswith("llm."):
+            part = "llm feed-forward" if ".mlp." in name else "llm but for that"
+        parts.setdefault(part, []).append(p)
+    learns = {part: [] for part in parts}
+    for stage in stages:
+        optimizer_of(model, stage.rates, freeze)
+        for part, parameters in parts.items():
+            learns[part] += [stage.name] * parameters[0].requires_grad
+    for part, parameters in parts.items():
+        count, names = sum(p.numel() for p in parameters), ", ".join(learns[part])
+        print(f"{part:<20}{count:>14,} parameters, "
+              + (f"trained in stage {names}" if names else "frozen"))
 
 
 def lessons(stage, items):
@@ -474,7 +499,7 @@ def train(model, stages, train_set, val_set, o, log):
         if not items:
             print(f"stage {stage.name}: nothing to learn from, left out")
             continue
-        optimizer = optimizer_of(model, stage.rates)
+        optimizer = optimizer_of(model, stage.rates, o.freeze)
         parameters = [p for p in model.parameters() if p.requires_grad]
         rates = " and ".join(f"{part} at {lr:g}" for part, lr in stage.rates.items())
         print(f"stage {stage.name}: trains {rates}, {sum(p.numel() for p in parameters):,} "
@@ -571,6 +596,43 @@ def table(model, features, items, train_items):
             print(f"{label}: {items[i]['instruction']} -> {given['model'][i]}"
                   + ("" if label == "right" else f"   (it was: {items[i]['output']})"))
     return {f"{d} {t}": dict(zip(("questions", *given), row)) for (d, t), row in rows.items()}
+
+
+def watch(o):
+    """Does a model look at what it names? How much of the attention that the last word of its
+    answer ("a siren") gives to SSLAM's tokens falls on the sound's time, and how much before and
+    after, over test clips of one sound; beside it chance, the part of the clip that each fills."""
+    model = AudioLLM.load(o.watch)
+    if "sslam" not in model.encoders:
+        raise ValueError(f"{o.watch}: has no SSLAM to look at")
+    model.to(pick_device(o.device))
+    question, steps = "What do you hear?", model.encoders["sslam"].grid[0]
+    edges = torch.arange(steps + 1) * model.encoders["sslam"].seconds / steps
+    ones = (s for s in (scene("test", i, o.seed) for i in count(0, 2)) if len(s["events"]) == 1)
+    falls, chances, right = [], [], 0
+    for s in tqdm(islice(ones, o.test_clips), total=o.test_clips, desc="clips", mininterval=1):
+        (name, begin, end), = s["events"]
+        features, = model.features([partial(clip_of_scene, s)])
+        ids = model.llm.generate(model.tokenizer.chat(question)[1], 48,
+                                 cache=model.hear([features]), eos_id=model.tokenizer.eos_id)
+        word, which = words(model.tokenizer, ids)[-1]
+        right += word == name
+        weights = listen(model, features, question, ids)["sslam"][:, which].mean(1)  # (layers, n)
+        fall = on_grid(model, "sslam", weights, SECONDS).sum(-1)  # (layers, steps)
+        # what part of each step lies before, in and after the sound (3, steps)
+        parts = torch.stack([edges.clamp(a, b).diff() for a, b in
+                             ((0, begin), (begin, end), (end, SECONDS))]) / edges[1]
+        falls.append(fall @ parts.T / fall.sum(1, keepdim=True))
+        chances.append(parts.mean(1))
+    falls, chances = torch.stack(falls), torch.stack(chances)  # (clips, layers, 3), (clips, 3)
+    rows = {"chance": chances.mean(0), "attention": falls.mean((0, 1))}
+    rows |= {f"in layer {i}": row for i, row in enumerate(falls.mean(0), 1)}
+    print(f"{len(falls)} clips, {right} sounds named right\n"
+          f"{'':<12}{'before':>9}{'on it':>9}{'after':>9}")
+    for label, row in rows.items():
+        print(f"{label:<12}" + "".join(f"{share:>9.1%}" for share in row))
+    more = (falls.mean(1) > chances)[:, 1].sum()
+    print(f"on it more than by chance in {more} of {len(falls)} clips")
 
 
 def peak_memory(device):
@@ -727,11 +789,11 @@ def prepare(o):
 BASE = "prepared parts 1"
 
 
-def load_base(path, mode, windows, sources=None, folder=None):
+def load_base(path, mode, windows, sources=None, folder=None, arm=Arm()):
     """An AudioLLM of the prepared parts, with new connectors.
 
     sources: {kind: path} of real encoders, which then take the place of all miniatures.
-    folder: of a real LLM, which takes the place of the small one.
+    folder: of a real LLM, which takes the place of the small one. arm: see AudioLLM.
     """
     saved = load_checkpoint(path, BASE)
     try:
@@ -746,7 +808,7 @@ def load_base(path, mode, windows, sources=None, folder=None):
     if folder:
         llm, tokenizer = LLM.from_pretrained(folder), load_tokenizer(folder)
     real = {kind: load_encoder(kind, source) for kind, source in (sources or {}).items() if source}
-    return AudioLLM(llm, tokenizer, real or encoders, mode, windows)
+    return AudioLLM(llm, tokenizer, real or encoders, mode, windows, arm)
 
 
 # --------------------------------------------------------------------------------------- main
@@ -763,19 +825,36 @@ def curriculum(o):
     """The paper's three stages in miniature (PAPER: version 1, section on training)."""
     lr = o.lr or (REAL_LLM_RATE if o.llm else LEARNING_RATES[o.mode])
     both = {"connectors": 3 * lr, "llm": lr}  # the connectors are new, the LLM knows something
+    if o.freeze == "llm":
+        del both["llm"]
     return (Stage("1", {"connectors": 3e-3}, ("classification",), o.steps1),
             Stage("2", both, ("classification", "reasoning", "checklist"), o.steps2),
             Stage("3", both, None, o.steps3))
 
 
 # from a sweep, see the README
-LEARNING_RATES = {"plits": 1e-3, "lal": 1e-3, "pal": 1e-3}
+LEARNING_RATES = dict.fromkeys(MODES, 1e-3)
 REAL_LLM_RATE = 1e-4  # LTU's, for an LLM that has much to forget
 
 
 @dataclass(frozen=True)
 class Options:
-    mode: str = option("lal", "how the audio enters the LLM", choices=list(ROUTES))
+    mode: str = option("lal", "how the audio enters the LLM", choices=MODES)
+    connector: str = option(Arm.connector, "of sslam and clap together lfst, else mlp; or one of "
+                            "them, or qformer", choices=("auto", "mlp", "qformer", "lfst"))
+    connector_layers: int = option(Arm.connector_layers, "of a qformer or lfst", low=1, high=99)
+    queries: int = option(Arm.queries, "of a qformer: the tokens of each encoder", low=1, high=9999)
+    grid_steps: int = option(Arm.grid_steps, "time steps that lfst makes of a window of sound",
+                             low=1, high=9999)
+    grid_bands: int = option(Arm.grid_bands, "bands of frequency in each of them", low=1, high=128)
+    lal_layers: str = option(Arm.lal_layers, "the LLM's layers that hear, under lal and pal: all, "
+                                             "2: or ::2 or 0,1")
+    audio_rope: str = option(Arm.audio_rope, "off: under lal and pal audio keys tell no positions",
+                             choices=("on", "off"))
+    flamingo_every: int = option(Arm.flamingo_every, "flamingo: a layer that listens before every "
+                                                     "so many of the LLM's", low=1, high=9999)
+    freeze: str = option("none", "what of the LLM is never trained: none, ffn (its feed-forward "
+                                 "weights) or llm (all of it)", choices=("none", "ffn", "llm"))
     data: str = option(None, "your own questions, a JSON list or JSONL; else the listening world")
     val_data: str = option(None, "questions to score on, with --data")
     audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
@@ -796,6 +875,7 @@ class Options:
     lr: float = option(0.0, "peak rate of the LLM, a third of the connectors'; 0: the mode's own, "
                             f"or with --llm {REAL_LLM_RATE:g}")
     device: str = option("auto", "cpu, cuda, mps or auto")
+    watch: str = option(None, "say how much a checkpoint looks at the sounds it names, and stop")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
     read_steps: int = option(3000, "with --prepare: steps of the LLM's reading")
     hear_clips: int = option(3000, "with --prepare: clips the encoders learn from", low=1)
@@ -804,13 +884,14 @@ class Options:
 
 def main(o):
     o = replace(o, out=o.out or f"out/{o.mode}")
-    if o.prepare:
-        return prepare(o)
+    if o.prepare or o.watch:
+        return prepare(o) if o.prepare else watch(o)
     if not o.data and (o.val_data or o.audio_root):
         raise ValueError("--val-data and --audio-root say more about --data, which is missing")
     torch.manual_seed(o.seed)
     sources = {kind: getattr(o, kind) for kind in WINDOWS}
-    model = load_base(o.base, o.mode, WINDOWS, sources, o.llm)
+    arm = Arm(**{f.name: getattr(o, f.name) for f in fields(Arm)})
+    model = load_base(o.base, o.mode, WINDOWS, sources, o.llm, arm)
     if o.data:
         train_data = own(o.data, o.audio_root)
         val_data = test_data = own(o.val_data, o.audio_root) if o.val_data else train_data
@@ -836,7 +917,9 @@ def main(o):
     with open(f"{o.out}/metrics.jsonl", "w") as file:
         def log(**line):
             print(json.dumps(line), file=file, flush=True)
-        seconds = train(model, curriculum(o), sets[0], sets[1], o, log)
+        stages = curriculum(o)
+        tell_parts(model, [s for s in stages if lessons(s, sets[0][1])], o.freeze)
+        seconds = train(model, stages, sets[0], sets[1], o, log)
         scores = table(model, *sets[2], sets[0][1])
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{trained:,} parameters trained, {1000 * seconds:.0f} ms a step, "

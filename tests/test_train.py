@@ -1,6 +1,7 @@
 """Training: what learns and what does not, repeatable, safe to break off, fairly scored."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from test_sample import BAD_LISTS, BAD_SOUNDS, item, write_wav
 import integrate
 import sample
 import train
-from integrate import ROUTES, AudioLLM
+from integrate import MODES, ROUTES, Arm, AudioLLM
 from sample import read_items
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +81,7 @@ def test_the_listening_world_from_training_to_an_answer(learn, call):
     assert code == 0 and stdout.endswith("\n") and "out/lal/model.pt: mode lal" in stderr
 
 
-@pytest.mark.parametrize("mode", ROUTES)
+@pytest.mark.parametrize("mode", MODES)
 def test_own_sounds_of_any_rate_and_length_from_training_to_the_table(mode, learn, sounds):
     stdout, stderr, lines = learn("--mode", mode)
     rows = lines[-1]["scores"]
@@ -174,6 +175,45 @@ def test_frozen_is_frozen_and_the_rest_learns(learn, sounds, watch):
     assert all(name.startswith("connectors") for name in watch[0][2])
     assert not any(name.startswith("encoders") for name in watch[8][2])
     assert "llm.model.embed_tokens.weight" in watch[8][2]
+
+
+@pytest.mark.parametrize("freeze, kept", [("ffn", ".mlp."), ("llm", "")])
+def test_what_is_to_stay_frozen_does_to_the_bit(freeze, kept, learn, sounds, watch):
+    stdout, *_ = learn("--freeze", freeze)
+    start, end = watch[0][0], AudioLLM.load("out/lal/model.pt").state_dict()
+    for name in start:
+        if name.startswith("llm."):
+            assert torch.equal(start[name], end[name]) == (kept in name), name
+    assert all("connectors" in name or kept not in name for name in watch[8][2])
+    assert any(name.startswith("connectors") for name in watch[8][2])
+    assert re.search("^llm feed-forward .* frozen$", stdout, re.M)
+
+
+def test_the_start_tells_what_is_trained_part_by_part(learn, sounds):
+    stdout, *_ = learn("--mode", "flamingo", "--flamingo-every", 2, steps=(1, 0, 1))
+    told = re.findall(r"^(.*?) +([\d,]+) parameters, (frozen|trained .*)$", stdout, re.M)
+    assert {part: what for part, _, what in told} == {
+        "encoders.whisper": "frozen", "encoders.sslam": "frozen",
+        "connectors.whisper": "trained in stage 1, 3", "connectors.sslam": "trained in stage 1, 3",
+        "connectors.flamingo": "trained in stage 1, 3",
+        "llm feed-forward": "trained in stage 3", "llm but for that": "trained in stage 3"}
+    count = {part: int(n.replace(",", "")) for part, n, _ in told}
+    model = AudioLLM.load("out/flamingo/model.pt")
+    assert sum(count.values()) == sum(p.numel() for p in model.parameters())
+    feed_forward = [p for block in model.llm.model.layers for p in block.mlp.parameters()]
+    assert count["llm feed-forward"] == sum(p.numel() for p in feed_forward)
+
+
+@pytest.mark.parametrize("options, arm", [
+    ("--connector lfst --grid-steps 5 --grid-bands 3 --connector-layers 1",
+     Arm("lfst", grid_steps=5, grid_bands=3, connector_layers=1)),
+    ("--connector qformer --queries 3 --lal-layers 1: --audio-rope off",
+     Arm("qformer", queries=3, lal_layers="1:", audio_rope="off"))])
+def test_options_choose_the_arm_and_the_checkpoint_keeps_it(options, arm, learn, sounds, call):
+    learn(*options.split(), steps=(1, 0, 1))
+    assert AudioLLM.load("out/lal/model.pt").arm == arm
+    code, stdout, _ = call(sample, "--audio", "a.wav", "--prompt", "What is it?")
+    assert code == 0 and stdout.endswith("\n")
 
 
 def test_stages_teach_their_tasks(learn, sounds, watch):
@@ -362,6 +402,11 @@ def test_a_bad_base_is_one_line_and_overwrites_nothing(refuses, sounds, earlier,
     ("--mode flits", ["--mode", "flits", "plits", "lal", "pal"]),
     ("--mod lal", ["--mod"]),
     ("--nonsense", ["--nonsense"]),
+    ("--lal-layers 9", ["lal-layers 9", "0 to 3"]),
+    ("--mode plits --audio-rope off", ["audio-rope", "plits"]),
+    ("--connector flst", ["--connector", "lfst"]),
+    ("--freeze some", ["--freeze", "ffn"]),
+    ("--queries 0", ["--queries 0", "1 to"]),
     ("--data=", ["--data is empty"]),
     ("--out=", ["--out is empty"]),
     ("--batch 0", ["--batch 0", "1 or more"]),
@@ -481,3 +526,30 @@ def test_a_step_of_lal_takes_half_the_time_of_one_of_plits_or_less(base):
             best[mode] = min(best.get(mode, 9), time.perf_counter() - began)
     torch.set_num_threads(threads)
     assert best["plits"] >= 2 * best["lal"], best
+
+
+@pytest.mark.parametrize("where, share", [("sound", 100.0), ("anywhere", None)])
+def test_watch_says_how_much_falls_on_the_sound(where, share, call, checkpoint, monkeypatch):
+    """All of it, if all of it does; and if it falls anywhere alike, as much as by chance."""
+    ones = [s for s in (train.scene("test", i, 0) for i in range(0, 60, 2))
+            if len(s["events"]) == 1][:3]
+    clips = iter(ones)
+
+    def told(model, features, question, ids):
+        (_, begin, end), = next(clips)["events"]
+        steps = model.encoders["sslam"].grid[0]
+        edges = torch.linspace(0, train.SECONDS, steps + 1)
+        fall = torch.ones(steps)
+        if where == "sound":  # on the steps that lie wholly in it
+            fall = ((edges[:-1] >= begin) & (edges[1:] <= end)).float()
+        return {"sslam": fall.repeat_interleave(2).expand(4, len(ids), -1)}
+
+    monkeypatch.setattr(train, "listen", told)
+    code, text, _ = call(train, "--watch", checkpoint, "--test-clips", 3, "--device", "cpu")
+    rows = {line[:12].strip(): [float(x.rstrip("%")) for x in line[12:].split()]
+            for line in text.splitlines() if "%" in line}
+    chance = np.mean([(e - b) / train.SECONDS for s in ones for _, b, e in s["events"]])
+    assert code == 0 and abs(rows["chance"][1] - 100 * chance) < 0.06
+    for label in ("attention", "in layer 1", "in layer 4"):
+        assert abs(rows[label][1] - (share or rows["chance"][1])) < 0.11
+        assert abs(sum(rows[label]) - 100) < 0.2
