@@ -56,7 +56,7 @@ def command_line(config, doc, main):
     ValueError anywhere below, or a file that cannot be written, ends the program with one line and
     exit code 2.
     """
-    parser = Parser(description=doc.split("\n")[0], allow_abbrev=False,
+    parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     ranges = {}
     for f in fields(config):
