@@ -269,11 +269,21 @@ class AudioLLM(nn.Module):
         tokenizer = read_tokenizer(from_bytes(saved["tokenizer"]))
         llm = LLM(LLMConfig(**saved["llm"]))
         model = cls(llm, tokenizer, encoders, saved["mode"], saved["windows"])
-        unread = model.load_state_dict(saved["state"], strict=False)
-        missing = [name for name in unread.missing_keys if not model.is_elsewhere(name)]
-        if missing or unread.unexpected_keys:
-            raise ValueError(f"{path}: missing {missing}, surprising {unread.unexpected_keys}")
+        model.fill(path, saved)
         return model.eval()
+
+    def fill(self, path, saved):
+        """Take the weights of a checkpoint of this very model. ValueError if it is another's."""
+        if saved["mode"] != self.mode:
+            raise ValueError(f"{path}: of mode {saved['mode']}, not {self.mode}")
+        try:
+            unread = self.load_state_dict(saved["state"], strict=False)
+        except RuntimeError as e:
+            raise ValueError(f"{path}: of another model ({' '.join(str(e).split())})") from None
+        missing = [name for name in unread.missing_keys if not self.is_elsewhere(name)]
+        if missing or unread.unexpected_keys:
+            raise ValueError(f"{path}: of another model: missing {missing}, surprising "
+                             f"{unread.unexpected_keys}")
 
 
 FORMAT = "audio-llm 1"
@@ -299,9 +309,16 @@ def save_atomically(path, what):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:  # ours, so that a full disk is an OSError and not torch's
-        torch.save(what, file)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(what, file)
+            file.flush()
+            os.fsync(file.fileno())  # or the name could outlive the contents in a power cut
+        os.replace(temporary, path)
+    except RuntimeError as e:  # torch's, who on a full disk complains of a file cut short
+        raise e.__context__ or e
+    finally:
+        temporary.unlink(missing_ok=True)  # on a full disk it would take what room there is
 
 
 def load_checkpoint(path, format):

@@ -10,11 +10,14 @@ a clip is a function of (seed, split, index), so every machine makes the same tr
 """
 import json
 import math
+import os
 import resource
+import signal
 import sys
 import time
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -27,10 +30,34 @@ from torch import nn
 from tqdm import tqdm
 
 from encoders import load_audio, load_encoder, make_encoder, resample, save_wav
-from integrate import (ROUTES, AudioLLM, from_bytes, load_checkpoint, run, save_atomically, stack,
-                       to_bytes)
+from integrate import (FORMAT, ROUTES, AudioLLM, from_bytes, load_checkpoint, run, save_atomically,
+                       stack, to_bytes)
 from model import LLM, LLMConfig, load_tokenizer, read_tokenizer, train_tokenizer
 from sample import command_line, option, pick_device, read_items, tell_fit
+
+# ---------------------------------------------------------------------------------- the curriculum
+
+LEARNING_RATES = {"plits": 1e-3, "lal": 1e-3, "pal": 1e-3}  # from a sweep, see the README
+REAL_LLM_RATE = 1e-4                           # LTU's, for an LLM that has much to forget
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    rates: dict  # part that is trained: its peak learning rate
+    tasks: tuple | None  # None: all
+    steps: int
+
+
+def curriculum(o):
+    """The paper's three stages in miniature (version 1, section on training)."""
+    lr = o.lr or (REAL_LLM_RATE if o.llm else LEARNING_RATES[o.mode])
+    new = o.connector_lr  # the connectors are new, the LLM knows something
+    both = {"connectors": new or 3 * lr, "llm": lr}
+    return (Stage("1", {"connectors": new or 3e-3}, ("classification",), o.steps1),
+            Stage("2", both, ("classification", "reasoning", "checklist"), o.steps2),
+            Stage("3", both, None, o.steps3))
+
 
 # ----------------------------------------------------------------------------- the listening world
 RATE = 16000                                   # samples per second
@@ -465,47 +492,146 @@ def lessons(stage, items):
     return known if stage.steps else []
 
 
-def train(model, stages, train_set, val_set, o, log):
-    """The curriculum. Returns seconds per step, data and evaluation left out."""
-    dice, step, seconds = np.random.default_rng(o.seed), 0, 0.0
-    for stage in stages:
+def train(model, train_set, val_set, o, file, start):
+    """The curriculum, from where the checkpoint `start` left it; lines go to `file`.
+
+    Returns seconds per step, data and evaluation left out.
+    """
+    dice, seconds, timed = np.random.default_rng(o.seed), 0.0, 0
+    step, loss = start["step"], start["loss"]
+    for stage in curriculum(o):
         features, items = train_set
         items = lessons(stage, items)
+        wanted = o.stage in ("all", stage.name) and stage.name >= start["stage"]
         if not items:
-            print(f"stage {stage.name}: nothing to learn from, left out")
+            if wanted:
+                print(f"stage {stage.name}: nothing to learn from, left out")
+            continue
+        supply = batches(items, o.batch, dice)
+        resumed = stage.name == start["stage"]
+        first = start["at"] if resumed else 0 if wanted else stage.steps
+        for _ in range(first):  # the order is a function of the seed: be where the dice were
+            next(supply)
+        if not wanted:
             continue
         optimizer = optimizer_of(model, stage.rates)
+        if resumed:
+            optimizer.load_state_dict(start["optimizer"])
+            torch.set_rng_state(start["rng"])
         parameters = [p for p in model.parameters() if p.requires_grad]
         rates = " and ".join(f"{part} at {lr:g}" for part, lr in stage.rates.items())
         print(f"stage {stage.name}: trains {rates}, {sum(p.numel() for p in parameters):,} "
               f"parameters, {len(items):,} questions, {stage.steps} steps of {o.batch}")
+
+        def keep(at):
+            """Write all that it takes to go on after `at` steps of this stage as if never broken
+            off; of such files the last few stay."""
+            model.save(f"{o.out}/step-{step:08d}.pt", stage=stage.name, at=at, step=step, loss=loss,
+                       optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
+                       options=asdict(o), logged=file.tell())
+            for old in kept(o.out)[:-o.keep]:
+                old.unlink()
+
         model.train()
-        supply = batches(items, o.batch, dice)
-        bar = tqdm(range(stage.steps), desc=f"stage {stage.name}", leave=False, mininterval=1)
-        for i in bar:
-            chosen = next(supply)
-            began = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(i, stage.steps)
-            loss = answer_loss(model, features, chosen)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-            if not norm.isfinite():  # stop while the weights are whole and the last ones saved
-                raise ValueError(f"stage {stage.name}, step {i}: the loss is {loss.item():.3g} and "
-                                 "its gradient is not finite; try a lower --lr")
-            optimizer.step()
-            seconds, step = seconds + time.perf_counter() - began, step + 1
-            if i % 10 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-                log(step=step, stage=stage.name, loss=loss.item(), norm=norm.item(),
-                    lr=optimizer.param_groups[0]["lr"])
+        bar = tqdm(range(first, stage.steps), desc=f"stage {stage.name}", leave=False,
+                   mininterval=1, initial=first, total=stage.steps)
+        with asked_to_stop() as stop:
+            for i in bar:
+                chosen = next(supply)
+                began = time.perf_counter()
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * schedule(i, stage.steps)
+                found = answer_loss(model, features, chosen)
+                optimizer.zero_grad()
+                found.backward()
+                loss, norm = found.item(), nn.utils.clip_grad_norm_(parameters, 1.0).item()
+                if not math.isfinite(loss + norm):  # while the weights and what is saved are whole
+                    raise ValueError(f"stage {stage.name}, step {i}: the loss is {loss:.3g} and "
+                                     f"its gradient {norm:.3g}; try a lower --lr")
+                optimizer.step()
+                seconds, timed, step = seconds + time.perf_counter() - began, timed + 1, step + 1
+                if i % 10 == 0:
+                    bar.set_postfix(loss=f"{loss:.3f}")
+                    log(file, step=step, stage=stage.name, loss=loss, norm=norm,
+                        lr=optimizer.param_groups[0]["lr"])
+                if stop or (i + 1) % o.save_every == 0:
+                    keep(i + 1)
+                if stop:
+                    bar.close()
+                    print(f"stage {stage.name}: saved after step {i}; --resume goes on from there",
+                          file=sys.stderr)
+                    raise KeyboardInterrupt
+        keep(stage.steps)
         share = score(model, val_set[0], val_set[1])
-        print(f"stage {stage.name}: loss {loss.item():.3f}, validation {share:.1%} exact "
-              f"({len(val_set[1])} questions), {1000 * seconds / step:.0f} ms a step")
-        log(step=step, stage=stage.name, validation=share)
-        model.save(o.out + "/model.pt", step=step)
-    return seconds / max(1, step)
+        print(f"stage {stage.name}: loss {loss:.3f}, validation {share:.1%} exact "
+              f"({len(val_set[1])} questions), {1000 * seconds / max(1, timed):.0f} ms a step")
+        log(file, step=step, stage=stage.name, validation=share)
+        for name in (f"stage{stage.name}", "model"):  # where the next stage starts; whom to ask
+            model.save(f"{o.out}/{name}.pt", step=step, stage=stage.name)
+    return seconds / max(1, timed)
+
+
+def log(file, **line):
+    print(json.dumps(line), file=file, flush=True)
+
+
+@contextmanager
+def asked_to_stop():
+    """A list that SIGTERM or Ctrl-C adds to, instead of ending us. A second Ctrl-C ends at once."""
+    asked = []
+
+    def note(number, frame):
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def kept(folder):
+    """The checkpoints of an unfinished training, oldest first."""
+    return sorted(Path(folder).glob("step-*.pt"))
+
+
+# What may change between a checkpoint and --resume: nothing here alters what is computed.
+FREE = {"resume", "out", "device", "save_every", "keep"}
+
+
+def beginning(model, o):
+    """Where training starts, a dict: at nothing, after the stage before --stage, or, with --resume,
+    where the newest checkpoint left it. The model gets the weights of then."""
+    unfinished = kept(o.out)
+    nothing = {"stage": "", "at": 0, "step": 0, "loss": math.nan}
+    if o.resume:
+        if not unfinished:
+            raise ValueError(f"{o.out} holds no step-*.pt: nothing to --resume there")
+        saved = load_checkpoint(unfinished[-1], FORMAT)
+        model.fill(unfinished[-1], saved)
+        for name, value in asdict(o).items():
+            if name not in FREE and value != saved["options"].get(name):
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{unfinished[-1]}: was trained with {flag} "
+                                 f"{saved['options'].get(name)}, not {value}; --resume goes on as "
+                                 "it began")
+        return saved
+    if unfinished:
+        raise ValueError(f"{unfinished[-1]} is of an unfinished training: go on with --resume, "
+                         "delete it, or choose another --out")
+    if o.stage in ("all", "1"):
+        return nothing
+    path = Path(o.out) / f"stage{int(o.stage) - 1}.pt"
+    if not path.is_file():
+        raise ValueError(f"{path} is not there, and stage {o.stage} starts from it: train with "
+                         f"--stage {int(o.stage) - 1} first")
+    saved = load_checkpoint(path, FORMAT)
+    model.fill(path, saved)
+    return nothing | {"step": saved["step"]}
 
 
 # ------------------------------------------------------------------------------------ scoring
@@ -752,28 +878,6 @@ def load_base(path, mode, windows, sources=None, folder=None):
 # --------------------------------------------------------------------------------------- main
 
 @dataclass(frozen=True)
-class Stage:
-    name: str
-    rates: dict  # part that is trained: its peak learning rate
-    tasks: tuple | None  # None: all
-    steps: int
-
-
-def curriculum(o):
-    """The paper's three stages in miniature (PAPER: version 1, section on training)."""
-    lr = o.lr or (REAL_LLM_RATE if o.llm else LEARNING_RATES[o.mode])
-    both = {"connectors": 3 * lr, "llm": lr}  # the connectors are new, the LLM knows something
-    return (Stage("1", {"connectors": 3e-3}, ("classification",), o.steps1),
-            Stage("2", both, ("classification", "reasoning", "checklist"), o.steps2),
-            Stage("3", both, None, o.steps3))
-
-
-# from a sweep, see the README
-LEARNING_RATES = {"plits": 1e-3, "lal": 1e-3, "pal": 1e-3}
-REAL_LLM_RATE = 1e-4  # LTU's, for an LLM that has much to forget
-
-
-@dataclass(frozen=True)
 class Options:
     mode: str = option("lal", "how the audio enters the LLM", choices=list(ROUTES))
     data: str = option(None, "your own questions, a JSON list or JSONL; else the listening world")
@@ -795,6 +899,13 @@ class Options:
     steps3: int = option(1800, "steps of stage 3: LLM and connectors, all questions")
     lr: float = option(0.0, "peak rate of the LLM, a third of the connectors'; 0: the mode's own, "
                             f"or with --llm {REAL_LLM_RATE:g}")
+    connector_lr: float = option(0.0, "peak rate of the connectors; 0: 0.003 in stage 1, then "
+                                      "thrice the LLM's")
+    stage: str = option("all", "one stage, which starts from the one before, or all of them",
+                        choices=["1", "2", "3", "all"])
+    save_every: int = option(500, "steps between two checkpoints, step-*.pt", low=1)
+    keep: int = option(2, "how many of them stay", low=1)
+    resume: bool = option(False, "go on from the newest step-*.pt in --out, with the same options")
     device: str = option("auto", "cpu, cuda, mps or auto")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
     read_steps: int = option(3000, "with --prepare: steps of the LLM's reading")
@@ -820,9 +931,11 @@ def main(o):
         train_data, val_data, test_data = (
             world(split, clips, o.seed)
             for split, clips in (("train", o.clips), ("val", 30), ("test", o.test_clips)))
-    if not any(lessons(stage, train_data[1]) for stage in curriculum(o)):
+    if not any(lessons(stage, train_data[1]) for stage in curriculum(o)
+               if o.stage in ("all", stage.name)):
         raise ValueError("nothing to train: no stage has both steps and questions of its tasks")
     Path(o.out).mkdir(parents=True, exist_ok=True)
+    start = beginning(model, o)
     device = pick_device(o.device)
     model.to(device)
     features = {}  # of each of the lists once, though two of them may be the same
@@ -833,15 +946,18 @@ def main(o):
     sets = [(features[id(items)], items) for _, items in (train_data, val_data, test_data)]
     if not o.data:
         write_demo(*test_data)
-    with open(f"{o.out}/metrics.jsonl", "w") as file:
-        def log(**line):
-            print(json.dumps(line), file=file, flush=True)
-        seconds = train(model, curriculum(o), sets[0], sets[1], o, log)
+    metrics = f"{o.out}/metrics.jsonl"
+    if o.resume:
+        os.truncate(metrics, start["logged"])  # what came after will come again
+    with open(metrics, "a" if start["step"] else "w") as file:
+        seconds = train(model, sets[0], sets[1], o, file, start)
         scores = table(model, *sets[2], sets[0][1])
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{trained:,} parameters trained, {1000 * seconds:.0f} ms a step, "
               f"peak memory {peak_memory(device):.0f} MiB; the model is {o.out}/model.pt")
-        log(scores=scores, seconds_per_step=seconds, options=asdict(o))
+        log(file, scores=scores, seconds_per_step=seconds, options=asdict(o))
+    for path in kept(o.out):  # finished: nothing is left to resume
+        path.unlink()
 
 
 def write_demo(clips, items, count=8):

@@ -1,6 +1,7 @@
 """Training: what learns and what does not, repeatable, safe to break off, fairly scored."""
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -445,6 +446,142 @@ def test_ctrl_c_leaves_the_last_checkpoint(sounds, base):
     assert saved["step"] == 1
     assert AudioLLM.load(sounds / "out" / "lal" / "model.pt").mode == "lal"
     assert json.loads(metrics.read_text().splitlines()[-1])["stage"] == "2"
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    model = audio_llm("lal")
+    model.save(tmp_path / "m.pt", step=1)
+    whole = (tmp_path / "m.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, hard))  # as a full disk would
+    try:
+        with pytest.raises(OSError):
+            model.save(tmp_path / "m.pt", step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "m.pt").read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.pt"]  # and no half of one takes up room
+
+
+@pytest.fixture
+def stops(learn, call, base, monkeypatch):
+    """stops(after, how) is learn(), broken off after so many steps and then resumed."""
+    def run(after, how, *options):
+        answer_loss, calls = train.answer_loss, []
+
+        def broken(*args):
+            calls.append(1)
+            if len(calls) == after + 1 and how == "killed":
+                raise KeyboardInterrupt
+            if len(calls) == after and how == "asked":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return answer_loss(*args)
+
+        monkeypatch.setattr(train, "answer_loss", broken)
+        code, _, stderr = call(train, "--base", base, "--device", "cpu", "--batch", 2, "--data",
+                               "q.json", "--val-data", "v.json", *options,
+                               *"--steps1 3 --steps2 3 --steps3 3 --save-every 2".split())
+        assert code == 130 and "Traceback" not in stderr and len(calls) == after + (how == "killed")
+        monkeypatch.setattr(train, "answer_loss", answer_loss)
+        return learn("--resume", *options)[2]
+
+    return run
+
+
+def outcome(lines):
+    """All that a training leaves behind, but for its speed."""
+    for line in lines:
+        line.pop("seconds_per_step", None), line.pop("options", None)
+    return lines, torch.load("out/lal/model.pt", weights_only=True)["state"]
+
+
+@pytest.mark.parametrize("after, how", [(2, "killed"), (5, "killed"), (4, "asked"), (9, "asked")])
+def test_a_training_broken_off_and_resumed_is_the_unbroken_one_to_the_bit(
+        after, how, stops, learn, sounds):
+    lines, weights = outcome(learn()[2])
+    again, resumed = outcome(stops(after, how))
+    assert again == lines and the_same(weights, resumed)
+    assert not list(Path("out/lal").glob("step-*"))  # finished: nothing to resume
+
+
+def test_stages_one_by_one_are_all_of_them_at_once(learn, sounds):
+    lines, weights = outcome(learn()[2])
+    parts = [learn("--stage", stage)[2] for stage in "123"][-1]
+    parts, apart = outcome(parts)
+    assert the_same(weights, apart)
+    assert [line for line in parts if "scores" not in line] == lines[:-1]
+
+
+@pytest.fixture
+def unfinished(call, base, sounds, monkeypatch):
+    """The options of a training that was asked to stop after four steps."""
+    brief = ["--base", base, "--device", "cpu", "--data", "q.json", "--val-data", "v.json",
+             "--batch", 2, *"--steps1 3 --steps2 300 --keep 1 --save-every 1".split()]
+    answer_loss, calls = train.answer_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer_loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "answer_loss", broken)
+        assert call(train, *brief)[0] == 130
+    return brief
+
+
+def test_what_cannot_be_gone_on_with_says_so_and_overwrites_nothing(unfinished, refuses, call):
+    folder = Path("out/lal")
+    left = {path: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(path.name for path in left) == [
+        "metrics.jsonl", "model.pt", "stage1.pt", "step-00000004.pt"]
+    newest = "out/lal/step-00000004.pt"
+    refuses([newest, "--resume"], train, *unfinished)
+    refuses([newest, "--lr", "0.5"], train, *unfinished, "--resume", "--lr", 0.5)
+    refuses(["out/new", "--resume"], train, *unfinished, "--resume", "--out", "out/new")
+    refuses(["out/new/stage1.pt", "--stage 1"], train, *unfinished, "--stage", 2,
+            "--out", "out/new")
+    os.mkdir("out/pal")
+    os.link("out/lal/stage1.pt", "out/pal/stage1.pt")
+    refuses(["stage1.pt", "mode lal"], train, *unfinished, "--stage", 2, "--mode", "pal")
+    Path("out/new/step-00000001.pt").write_bytes(left[Path(newest)][:-99])
+    refuses(["step-00000001.pt"], train, *unfinished, "--resume", "--out", "out/new")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == left
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_with_the_very_losses(sounds, base):
+    command = [sys.executable, str(ROOT / "train.py"), "--base", str(base), "--data", "q.json",
+               "--val-data", "v.json", "--batch", "2", "--device", "cpu", "--save-every", "1",
+               *"--steps1 11 --steps2 11 --steps3 200".split()]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", "whole"], cwd=sounds, check=True, env=env,
+                   stderr=subprocess.DEVNULL)
+    folder, dice, kills = sounds / "out" / "lal", np.random.default_rng(0), 0
+    while kills < 20:
+        resume = ["--resume"] if list(folder.glob("step-*.pt")) else []
+        process = subprocess.Popen([*command, *resume], cwd=sounds, env=env,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        files = set(folder.glob("step-*.pt"))
+        while set(folder.glob("step-*.pt")) <= files and process.poll() is None:
+            time.sleep(0.01)  # it has begun to save
+        time.sleep(dice.uniform(0, 0.5))
+        process.kill()
+        assert process.wait() in (-signal.SIGKILL, 0)
+        kills += 1
+        if process.returncode == 0:  # it got through: once more from the start
+            continue
+        for path in [*train.kept(folder)[-1:], *folder.glob("stage1.pt")]:
+            integrate.load_checkpoint(path, integrate.FORMAT)
+        assert train.kept(folder)
+    resume = ["--resume"] if train.kept(folder) else []
+    subprocess.run([*command, *resume], cwd=sounds, check=True, env=env, stderr=subprocess.DEVNULL)
+    lines = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()][:-1]
+             for path in (folder, sounds / "whole")]
+    assert lines[0] == lines[1] and len(lines[0]) > 20
+    assert the_same(*(torch.load(path / "model.pt", weights_only=True)["state"]
+                      for path in (folder, sounds / "whole")))
 
 
 # -------------------------------------------------------------------------------------- the base
