@@ -102,28 +102,28 @@ def read_items(path, audio_root=None):
     is one, is added to the instruction. Returns dicts with audio (Path), instruction, output, task
     and dataset. ValueError names the item and what is wrong with it. Format: LTU's OpenAQA.
     """
-    path = Path(path)
-    root = Path(audio_root) if audio_root else path.parent
-    items = []
-    for i, raw in enumerate(read_json(path)):
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path}: item {i} is {type(raw).__name__}, not an object")
-        for name in ("audio_id", "instruction", "output"):
-            if not isinstance(raw.get(name), str) or not raw[name].strip():
-                raise ValueError(f"{path}: item {i} has no text in its field {name!r}")
-        for name in ("audio_id", "instruction", "output", "input", "task", "dataset"):
-            text = raw.get(name) or ""
-            # half of a cut emoji is valid JSON, but no character
-            if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
-                raise ValueError(f"{path}: the field {name!r} of item {i} is not text")
-        audio = root / raw["audio_id"]
-        if not audio.is_file():
-            raise ValueError(f"{path}: item {i}: no such audio file: {audio}")
-        question = f"{raw['instruction'].strip()} {raw.get('input') or ''}".strip()
-        items.append({"audio": audio, "instruction": question, "output": raw["output"].strip(),
-                      "task": raw.get("task") or "question",
-                      "dataset": raw.get("dataset") or path.stem})
-    return items
+    root = Path(audio_root) if audio_root else Path(path).parent
+    return [as_item(raw, path, f"item {i}", root) for i, raw in enumerate(read_json(path))]
+
+
+def as_item(raw, path, name, root):
+    """One item of the list in `path`, checked; `name` is what a complaint calls it."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: {name} is {type(raw).__name__}, not an object")
+    for field_name in ("audio_id", "instruction", "output"):
+        if not isinstance(raw.get(field_name), str) or not raw[field_name].strip():
+            raise ValueError(f"{path}: {name} has no text in its field {field_name!r}")
+    for field_name in ("audio_id", "instruction", "output", "input", "task", "dataset"):
+        text = raw.get(field_name) or ""
+        # half of a cut emoji is valid JSON, but no character
+        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{path}: the field {field_name!r} of {name} is not text")
+    audio = root / raw["audio_id"]
+    if not audio.is_file():
+        raise ValueError(f"{path}: {name}: no such audio file: {audio}")
+    question = f"{raw['instruction'].strip()} {raw.get('input') or ''}".strip()
+    return {"audio": audio, "instruction": question, "output": raw["output"].strip(),
+            "task": raw.get("task") or "question", "dataset": raw.get("dataset") or Path(path).stem}
 
 
 def read_json(path):

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import zlib
+from array import array
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +34,7 @@ from encoders import load_audio, load_encoder, make_encoder, resample, save_wav
 from integrate import (FORMAT, ROUTES, AudioLLM, from_bytes, load_checkpoint, run, save_atomically,
                        stack, to_bytes)
 from model import LLM, LLMConfig, load_tokenizer, read_tokenizer, train_tokenizer
-from sample import command_line, option, pick_device, read_items, tell_fit
+from sample import as_item, command_line, option, pick_device, read_json, tell_fit
 
 # ---------------------------------------------------------------------------------- the curriculum
 
@@ -371,7 +372,7 @@ def checklist(s, dice):
 # ------------------------------------------------------------------------------------- data
 
 def world(split, clips, seed):
-    """Clips of the listening world and their questions: (clips, items), as `own` gives them."""
+    """Clips of the listening world, see Questions.clips, and their questions: (clips, items)."""
     scenes = [scene(split, i, seed) for i in range(clips)]
     items = []
     for i, s in enumerate(scenes):
@@ -380,36 +381,100 @@ def world(split, clips, seed):
         if split == "train":
             items += [{"pairs": checklist(s, rng), "task": "checklist", "domain": s["domain"],
                        "clip": i} for _ in range(2)]
-    return [partial(clip_of_scene, s) for s in scenes], items
+    return {i: partial(clip_of_scene, s) for i, s in enumerate(scenes)}, items
 
 
 def clip_of_scene(s, rate):
     return resample(torch.from_numpy(render(s)), RATE, rate)
 
 
-def own(path, audio_root):
-    """Clips and questions of an LTU-style list: clips are functions rate -> (samples,), and every
-    item says which clip it is about."""
-    items = read_items(path, audio_root)
-    paths = list(dict.fromkeys(item["audio"] for item in items))
-    number = {p: i for i, p in enumerate(paths)}
-    for item in items:
-        item["clip"], item["domain"] = number[item["audio"]], item["dataset"]
-    return [partial(load_audio, p) for p in paths], items
+class Questions:
+    """The items of an LTU-style list, each read from its file when asked for.
+
+    Of JSONL there stay in memory, for each item, where its line begins, how long that is, and a
+    number for its task: 14 bytes. A JSON list is loaded whole. Every item is checked at once, and
+    those with a mistake are told of, or, with skip_bad, told of and left out. `mark` changes when
+    the list does.
+    """
+
+    def __init__(self, path, audio_root=None, skip_bad=False):
+        self.path, self.root = path, Path(audio_root or Path(path).parent)
+        self.starts, self.sizes, self.numbers = array("q"), array("i"), array("H")
+        self.tasks, problems, bad, crc = {}, [], 0, 0
+        self.file = open(path, "rb")
+        is_list = self.file.read(99).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        self.loaded = read_json(path) if is_list else None
+        for start, size, name in tqdm(self.places(), desc="questions", leave=False, delay=1):
+            try:
+                task = self.read(start, size, name)["task"]
+            except ValueError as e:
+                bad += 1
+                problems = problems if len(problems) == 10 else [*problems, str(e)]
+                continue
+            self.starts.append(start)
+            self.sizes.append(size)
+            self.numbers.append(self.tasks.setdefault(task, len(self.tasks)))
+        if bad == 1 and not skip_bad:
+            raise ValueError(problems[0])
+        if bad:
+            print(*problems, sep="\n", file=sys.stderr)
+        if bad and not skip_bad:
+            raise ValueError(f"{path}: {bad} items cannot be used, the first {len(problems)} are "
+                             "above; --skip-bad goes on without them")
+        if bad:
+            print(f"{path}: {bad} items left out, {len(self)} stay", file=sys.stderr)
+        if not self.starts:
+            raise ValueError(f"{path}: empty: expected a list of questions")
+        self.file.seek(0)
+        for block in iter(partial(self.file.read, 1 << 20), b""):
+            crc = zlib.crc32(block, crc)
+        self.mark = f"{len(self)} items, checksum {crc:08x}"
+
+    def places(self):
+        """Start, size and name of each item; size is of its text, or near enough to sort by."""
+        if self.loaded is not None:
+            yield from ((i, len(str(raw)), f"item {i}") for i, raw in enumerate(self.loaded))
+            return
+        start = 0
+        self.file.seek(0)
+        for n, line in enumerate(self.file, 1):
+            if line.strip():
+                yield start, len(line), f"line {n}"
+            start += len(line)
+
+    def read(self, start, size, name):
+        try:  # pread: data workers share the file, so it must have no position
+            raw = (json.loads(os.pread(self.file.fileno(), size, start)) if self.loaded is None
+                   else self.loaded[start])
+        except ValueError as e:  # JSONDecodeError or UnicodeDecodeError
+            reason = getattr(e, "msg", "not text")
+            raise ValueError(f"{self.path}: {name} is not JSON ({reason})") from None
+        item = as_item(raw, self.path, name, self.root)
+        return item | {"clip": item["audio"], "domain": item["dataset"]}
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, i):
+        return self.read(self.starts[i], self.sizes[i], f"item {i}")
+
+    def clips(self):
+        """{clip: function rate -> (samples,)} of all items."""
+        return {item["clip"]: partial(load_audio, item["clip"]) for item in self}
 
 
 def hear_all(model, clips):
-    """Frozen features of every clip, once: a list of {kind: (n, De)}."""
-    features, seconds = [], {}
+    """Frozen features of every clip, once: {clip: {kind: (n, De)}}. clips: see Questions.clips."""
+    features, seconds, names = {}, {}, list(clips)
 
-    def timed(i, rate):
-        wave = clips[i](rate)
-        seconds[i] = len(wave) / rate
+    def timed(name, rate):
+        wave = clips[name](rate)
+        seconds[name] = len(wave) / rate
         return wave
 
-    for at in tqdm(range(0, len(clips), 16), desc="features", leave=False, mininterval=1):
-        some = range(at, min(at + 16, len(clips)))
-        features += model.features([partial(timed, i) for i in some])
+    for at in tqdm(range(0, len(names), 16), desc="features", leave=False, mininterval=1):
+        some = names[at:at + 16]
+        features |= zip(some, model.features([partial(timed, name) for name in some]))
     tell_fit(model, list(seconds.values()))
     return features
 
@@ -417,8 +482,9 @@ def hear_all(model, clips):
 def with_ids(model, items):
     """Add to every item its token ids and their weights: see `conversation`."""
     for item in items:
-        pairs = item.get("pairs") or [(item["instruction"].strip() + "\n", item["output"])]
-        item["ids"], item["weights"] = conversation(model.tokenizer, pairs)
+        if "ids" not in item:
+            pairs = item.get("pairs") or [(item["instruction"].strip() + "\n", item["output"])]
+            item["ids"], item["weights"] = conversation(model.tokenizer, pairs)
     return items
 
 
@@ -458,14 +524,15 @@ def pad(rows):
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), with zeros
 
 
-def batches(items, size, dice):
-    """Batches without end: every item once before any comes again, similar lengths together."""
+def batches(sizes, size, dice):
+    """Batches without end, as arrays of indices: every item once before any comes again, those of
+    similar size together. sizes (n,): of each item's text."""
     while True:
-        for pool in np.array_split(dice.permutation(len(items)), 1 + len(items) // (16 * size)):
-            pool = sorted(pool, key=lambda i: len(items[i]["ids"]))
+        for pool in np.array_split(dice.permutation(len(sizes)), 1 + len(sizes) // (16 * size)):
+            pool = pool[np.argsort(sizes[pool], kind="stable")]
             groups = [pool[i:i + size] for i in range(0, len(pool), size)]
             for i in dice.permutation(len(groups)):
-                yield [items[j] for j in groups[i]]
+                yield groups[i]
 
 
 def schedule(step, steps):
@@ -487,9 +554,15 @@ def optimizer_of(model, rates):
 
 
 def lessons(stage, items):
-    """The items that a stage learns from."""
-    known = [item for item in items if stage.tasks is None or item["task"] in stage.tasks]
-    return known if stage.steps else []
+    """Which items a stage learns from, and their sizes: two arrays."""
+    if isinstance(items, Questions):
+        tasks, numbers, sizes = list(items.tasks), np.array(items.numbers), np.array(items.sizes)
+    else:
+        tasks, numbers = np.unique([item["task"] for item in items], return_inverse=True)
+        sizes = np.array([len(item["ids"]) for item in items])
+    taught = [n for n, t in enumerate(tasks) if stage.tasks is None or t in stage.tasks]
+    which = np.flatnonzero(np.isin(numbers, taught) & bool(stage.steps)).astype(np.int32)
+    return which, sizes[which]
 
 
 def train(model, train_set, val_set, o, file, start):
@@ -501,13 +574,13 @@ def train(model, train_set, val_set, o, file, start):
     step, loss = start["step"], start["loss"]
     for stage in curriculum(o):
         features, items = train_set
-        items = lessons(stage, items)
+        which, sizes = lessons(stage, items)
         wanted = o.stage in ("all", stage.name) and stage.name >= start["stage"]
-        if not items:
+        if not len(which):
             if wanted:
                 print(f"stage {stage.name}: nothing to learn from, left out")
             continue
-        supply = batches(items, o.batch, dice)
+        supply = batches(sizes, o.batch, dice)
         resumed = stage.name == start["stage"]
         first = start["at"] if resumed else 0 if wanted else stage.steps
         for _ in range(first):  # the order is a function of the seed: be where the dice were
@@ -521,14 +594,14 @@ def train(model, train_set, val_set, o, file, start):
         parameters = [p for p in model.parameters() if p.requires_grad]
         rates = " and ".join(f"{part} at {lr:g}" for part, lr in stage.rates.items())
         print(f"stage {stage.name}: trains {rates}, {sum(p.numel() for p in parameters):,} "
-              f"parameters, {len(items):,} questions, {stage.steps} steps of {o.batch}")
+              f"parameters, {len(which):,} questions, {stage.steps} steps of {o.batch}")
 
         def keep(at):
             """Write all that it takes to go on after `at` steps of this stage as if never broken
             off; of such files the last few stay."""
             model.save(f"{o.out}/step-{step:08d}.pt", stage=stage.name, at=at, step=step, loss=loss,
                        optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
-                       options=asdict(o), logged=file.tell())
+                       options=asdict(o), logged=file.tell(), data=mark_of(items))
             for old in kept(o.out)[:-o.keep]:
                 old.unlink()
 
@@ -537,7 +610,7 @@ def train(model, train_set, val_set, o, file, start):
                    mininterval=1, initial=first, total=stage.steps)
         with asked_to_stop() as stop:
             for i in bar:
-                chosen = next(supply)
+                chosen = with_ids(model, [items[j] for j in which[next(supply)]])
                 began = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * schedule(i, stage.steps)
@@ -603,9 +676,13 @@ def kept(folder):
 FREE = {"resume", "out", "device", "save_every", "keep"}
 
 
-def beginning(model, o):
+def mark_of(items):
+    return getattr(items, "mark", "")  # the world's are as the options say
+
+
+def beginning(model, o, mark):
     """Where training starts, a dict: at nothing, after the stage before --stage, or, with --resume,
-    where the newest checkpoint left it. The model gets the weights of then."""
+    where the newest checkpoint left it. The model gets the weights of then. mark: of the data."""
     unfinished = kept(o.out)
     nothing = {"stage": "", "at": 0, "step": 0, "loss": math.nan}
     if o.resume:
@@ -619,6 +696,9 @@ def beginning(model, o):
                 raise ValueError(f"{unfinished[-1]}: was trained with {flag} "
                                  f"{saved['options'].get(name)}, not {value}; --resume goes on as "
                                  "it began")
+        if saved["data"] != mark:
+            raise ValueError(f"{o.data} has changed since {unfinished[-1]} was saved: it had "
+                             f"{saved['data']}, it has {mark}")
         return saved
     if unfinished:
         raise ValueError(f"{unfinished[-1]} is of an unfinished training: go on with --resume, "
@@ -671,15 +751,16 @@ def table(model, features, items, train_items):
         lone = len(clips) == 1
         after = [c for c in domain if c not in clips][:1] if lone else clips[1:] + clips[:1]
         other |= dict(zip(clips, after))
-    common = {}
-    for d, t in {(item["domain"], item["task"]) for item in items}:
-        seen = Counter(i["output"] for i in train_items if (i["domain"], i["task"]) == (d, t))
-        common[d, t] = seen.most_common(1)[0][0] if seen else ""
+    seen = {}  # of very many training questions, an even sample tells the commonest answers
+    for i in range(0, len(train_items), 1 + len(train_items) // 100_000):
+        item = train_items[i]
+        seen.setdefault((item["domain"], item["task"]), Counter())[item.get("output")] += 1
+    common = {key: counter.most_common(1)[0][0] for key, counter in seen.items()}
     given = {"model": answers(model, features, items),
              "deaf": answers(model, silence, items, lambda item: 0)}
     if other:
         given["wrong clip"] = answers(model, features, items, lambda item: other[item["clip"]])
-    given["commonest"] = [common[item["domain"], item["task"]] for item in items]
+    given["commonest"] = [common.get((item["domain"], item["task"]), "") for item in items]
     rows = {}
     for i, item in enumerate(items):
         # a set: a list called all.json has a domain "all", not to be counted twice
@@ -883,6 +964,7 @@ class Options:
     data: str = option(None, "your own questions, a JSON list or JSONL; else the listening world")
     val_data: str = option(None, "questions to score on, with --data")
     audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
+    skip_bad: bool = option(False, "go on without the items of --data that cannot be used")
     out: str = option(None, "folder of the checkpoint and metrics.jsonl (default: out/MODE)")
     base: str = option("assets/base.pt", "the prepared encoders and LLM")
     llm: str = option(None, "folder of a real LLM, Llama or Qwen2; it replaces the small one")
@@ -923,26 +1005,29 @@ def main(o):
     sources = {kind: getattr(o, kind) for kind in WINDOWS}
     model = load_base(o.base, o.mode, WINDOWS, sources, o.llm)
     if o.data:
-        train_data = own(o.data, o.audio_root)
-        val_data = test_data = own(o.val_data, o.audio_root) if o.val_data else train_data
+        items = Questions(o.data, o.audio_root, o.skip_bad)
+        train_data = val_data = test_data = items.clips(), items
+        if o.val_data:
+            items = Questions(o.val_data, o.audio_root, o.skip_bad)
+            val_data = test_data = items.clips(), items
         if not o.val_data:
             print("no --val-data: the scores below are on the training questions themselves")
     else:
         train_data, val_data, test_data = (
             world(split, clips, o.seed)
             for split, clips in (("train", o.clips), ("val", 30), ("test", o.test_clips)))
-    if not any(lessons(stage, train_data[1]) for stage in curriculum(o)
+        with_ids(model, train_data[1])
+    if not any(len(lessons(stage, train_data[1])[0]) for stage in curriculum(o)
                if o.stage in ("all", stage.name)):
         raise ValueError("nothing to train: no stage has both steps and questions of its tasks")
     Path(o.out).mkdir(parents=True, exist_ok=True)
-    start = beginning(model, o)
+    start = beginning(model, o, mark_of(train_data[1]))
     device = pick_device(o.device)
     model.to(device)
     features = {}  # of each of the lists once, though two of them may be the same
     for clips, items in (train_data, val_data, test_data):
         if id(items) not in features:
             features[id(items)] = hear_all(model, clips)
-            with_ids(model, items)
     sets = [(features[id(items)], items) for _, items in (train_data, val_data, test_data)]
     if not o.data:
         write_demo(*test_data)
@@ -963,8 +1048,8 @@ def main(o):
 def write_demo(clips, items, count=8):
     """A few clips and their questions to play with: out/demo/0.wav ..., out/demo/questions.json."""
     Path("out/demo").mkdir(parents=True, exist_ok=True)
-    for i, clip in enumerate(clips[:count]):
-        save_wav(f"out/demo/{i}.wav", clip(RATE), RATE)
+    for i in range(min(count, len(clips))):
+        save_wav(f"out/demo/{i}.wav", clips[i](RATE), RATE)
     asked = [{"audio_id": f"{item['clip']}.wav", "dataset": item["domain"]}
              | {k: item[k] for k in ("instruction", "output", "task")}
              for item in items if item["clip"] < count]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -147,12 +148,11 @@ def test_the_mode_sets_the_routes_and_nothing_else(learn, sounds, watch):
 @pytest.mark.parametrize("size", [1, 4, 7, 200])
 def test_every_question_comes_once_before_any_comes_again(size):
     lengths = np.random.default_rng(0).integers(5, 60, 150)
-    items = [{"ids": [0] * n, "name": i} for i, n in enumerate(lengths)]
-    supply, rounds = train.batches(items, size, np.random.default_rng(0)), []
+    supply, rounds = train.batches(lengths, size, np.random.default_rng(0)), []
     for _ in range(3):
         seen = []
-        while sum(map(len, seen)) < len(items):
-            seen.append([item["name"] for item in next(supply)])
+        while sum(map(len, seen)) < len(lengths):
+            seen.append(next(supply).tolist())
         assert sorted(sum(seen, [])) == list(range(150)) and max(map(len, seen)) <= size
         rounds.append(seen)
     assert rounds[0] != rounds[1] != rounds[2]
@@ -316,6 +316,60 @@ def test_a_data_set_called_all_is_counted_once(parrot):
     assert {key: row["questions"] for key, row in rows.items()} == {"all t": 1, "all all": 2}
 
 
+# ------------------------------------------------------------------------------------------ data
+
+def test_jsonl_is_read_item_by_item_as_the_list_is(sounds):
+    items = json.loads((sounds / "q.json").read_text())
+    items[3]["instruction"] = "Wer spricht? \u00fc\u4f60"  # more bytes than characters
+    text = "\n\n".join(json.dumps(i, ensure_ascii=n % 2 == 0) for n, i in enumerate(items))
+    (sounds / "q.jsonl").write_text("\ufeff" + text, encoding="utf-8")  # as Windows has it
+    (sounds / "q.json").write_text(json.dumps(items))
+    lines, whole = (train.Questions(sounds / name) for name in ("q.jsonl", "q.json"))
+    assert list(lines) == list(whole) and len(lines) == 9 and lines.loaded is None
+    assert [i | {"clip": i["audio"], "domain": i["dataset"]}
+            for i in read_items(sounds / "q.json")] == list(whole)
+    for stage in (train.Stage("", {}, ("captioning",), 1), train.Stage("", {}, None, 1)):
+        (one, sizes), (two, _) = train.lessons(stage, lines), train.lessons(stage, whole)
+        assert one.tolist() == two.tolist() == [i for i, item in enumerate(items) if stage.tasks
+                                                is None or item["task"] in stage.tasks]
+        assert [len(json.dumps(items[i])) for i in one][-1] == sizes[-1]
+    assert len(train.lessons(train.Stage("", {}, None, 0), lines)[0]) == 0
+
+
+def test_many_bad_items_are_counted_and_can_be_left_out(sounds, refuses, learn, base):
+    items = json.loads((sounds / "q.json").read_text())
+    bad = [{"audio_id": f"none{n}.wav", "instruction": "?", "output": "!"} for n in range(12)]
+    (sounds / "bad.jsonl").write_text("\n".join(map(json.dumps, bad[:4] + items + bad[4:])))
+    lines = refuses(["bad.jsonl", "12 items", "--skip-bad"], train, "--base", base, "--data",
+                    "bad.jsonl")
+    told = [line for line in lines if "none" in line]
+    assert len(told) == 10 and "line 1:" in told[0] and "line 14" in told[4]
+    lines = refuses(["v.json", "3 items"], train, "--base", base, "--data", "v.json",
+                    "--audio-root", "none")
+    assert "item 0" in lines[0] and "none/a.wav" in lines[0]
+    _, stderr, mended = learn("--skip-bad", data=("--data", "bad.jsonl", "--val-data", "v.json"))
+    assert "12 items left out, 9 stay" in stderr
+    (sounds / "good.jsonl").write_text("\n".join(map(json.dumps, items)))
+    good = learn(data=("--data", "good.jsonl", "--val-data", "v.json"))[2]
+    assert losses(good) == losses(mended)
+
+
+def test_a_list_that_changed_cannot_be_resumed(unfinished, refuses, sounds):
+    whole = (sounds / "q.json").read_text()
+    (sounds / "q.json").write_text(whole.replace("b b", "B b"))
+    refuses(["q.json has changed", "step-00000004.pt"], train, *unfinished, "--resume")
+
+
+def test_an_item_of_jsonl_costs_a_few_bytes_of_memory(sounds):
+    line = json.dumps(item("a.wav", instruction="What is it? " * 20)) + "\n"
+    (sounds / "long.jsonl").write_text(line * 20000)
+    tracemalloc.start()
+    items = train.Questions(sounds / "long.jsonl")
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(items) == 20000 and held < 20 * 20000 + 50000  # the file has 300 bytes an item
+
+
 # -------------------------------------------------------------------------- what cannot be trained
 
 @pytest.fixture
@@ -378,7 +432,6 @@ def test_a_bad_base_is_one_line_and_overwrites_nothing(refuses, sounds, earlier,
     ("--val-data v.json", ["--val-data", "--data", "missing"]),
     ("--audio-root .", ["--audio-root", "--data", "missing"]),
     ("--steps1 0 --steps2 0 --steps3 0", ["nothing to train"]),
-    ("--data v.json --audio-root none", ["v.json", "item 0", "none/a.wav"]),
     ("--out a.wav", ["a.wav", "exists"]),
     ("--out a.wav/x", ["a.wav", "irectory"]),
     ("--base b.pt", ["b.pt"])])
@@ -588,7 +641,7 @@ def test_killed_twenty_times_it_ends_with_the_very_losses(sounds, base):
 
 def test_the_base_that_comes_with_the_code_loads_and_hears():
     model = train.load_base(ROOT / "assets" / "base.pt", "pal", train.WINDOWS)
-    clip, = train.world("test", 1, 0)[0]
+    clip = train.world("test", 1, 0)[0][0]
     features, = model.features([clip])
     assert all(tokens.isfinite().all() and tokens.std() > 0 for tokens in features.values())
     assert isinstance(model.ask(model.hear([features]), ["What do you hear?"])[0], str)
@@ -603,7 +656,7 @@ def test_a_step_of_lal_takes_half_the_time_of_one_of_plits_or_less(base):
     modes, best = ("plits", "lal"), {}
     clips, items = train.world("train", 32, 0)
     models = {mode: train.load_base(base, mode, train.WINDOWS) for mode in modes}
-    features = models["lal"].features(clips)
+    features = models["lal"].features(clips.values())
     batches = np.random.default_rng(0).permutation(train.with_ids(models["lal"], items))[:256]
     optimizers = {}
     for mode, model in models.items():
