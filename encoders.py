@@ -541,7 +541,7 @@ class CLAP(Encoder):
         wave = wave.repeat(1, math.ceil(copies) if self.config.fill else int(copies))[:, :n]
         wave = F.pad(wave, (0, n - wave.shape[1]))
         power = power_spectrum(wave, self.window, self.config.hop)
-        mel = power @ self.logmel_extractor.melW.float()
+        mel = power @ self.logmel_extractor.melW.float().to(power.device)
         return 10 * mel.clamp(min=1e-10).log10()[:, None]  # (B, 1, F, 64), in dB
 
     def forward(self, x):

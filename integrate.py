@@ -176,24 +176,35 @@ class AudioLLM(nn.Module):
     def device(self):
         return self.llm.model.embed_tokens.weight.device
 
-    @torch.no_grad()
     def features(self, clips):
         """What the frozen encoders make of some clips, pooled: a list of {kind: (n, De)}.
 
         Compute it once, keep it, train on it many times. clips: functions rate -> (samples,).
         Tokens that lie wholly after a clip's end are left out, and so is SSLAM's cls.
         """
-        out = [{} for _ in clips]
-        rates = {encoder.rate for encoder in self.encoders.values()}
-        sampled = [{rate: clip(rate) for rate in rates} for clip in clips]
+        return [{kind: tokens.cpu() for kind, tokens in encoded.items()}
+                for encoded in self.encode([self.fronts(clip) for clip in clips])]
+
+    def fronts(self, clip):
+        """The half of `features` that a data worker does, on the CPU, for one clip: {kind: (what
+        its front end makes, the clip's length in seconds)}."""
+        waves = {rate: clip(rate) for rate in {e.rate for e in self.encoders.values()}}
+        out = {}
         for kind, encoder in self.encoders.items():
-            window = math.ceil(encoder.seconds * encoder.rate)
-            waves = [s[encoder.rate][:window] for s in sampled]
-            front = torch.cat([encoder.front_end(w[None].to(self.device)) for w in waves])
-            for features, wave, tokens in zip(out, waves, encoder(front)):
-                steps = encoder.tokens(len(wave) / encoder.rate)
-                kept = tokens[encoder.extra:][:steps * encoder.grid[1]]
-                features[kind] = pool(kept, self.windows[kind]).float().cpu()
+            wave = waves[encoder.rate][:math.ceil(encoder.seconds * encoder.rate)]
+            out[kind] = encoder.front_end(wave[None]), len(wave) / encoder.rate
+        return out
+
+    @torch.no_grad()
+    def encode(self, fronts):
+        """The other half, for a batch of clips and on the model's device."""
+        out = [{} for _ in fronts]
+        for kind, encoder in self.encoders.items():
+            batch = torch.cat([f[kind][0] for f in fronts]).to(self.device)
+            for features, f, tokens in zip(out, fronts, encoder(batch)):
+                steps = encoder.tokens(f[kind][1])
+                heard = tokens[encoder.extra:][:steps * encoder.grid[1]]
+                features[kind] = pool(heard, self.windows[kind]).float()
         return out
 
     def segments(self, features):

@@ -18,16 +18,20 @@ import time
 import zlib
 from array import array
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import groupby
+from functools import partial, partialmethod
+from itertools import groupby, islice, tee
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from encoders import load_audio, load_encoder, make_encoder, resample, save_wav
@@ -55,9 +59,13 @@ def curriculum(o):
     lr = o.lr or (REAL_LLM_RATE if o.llm else LEARNING_RATES[o.mode])
     new = o.connector_lr  # the connectors are new, the LLM knows something
     both = {"connectors": new or 3 * lr, "llm": lr}
-    return (Stage("1", {"connectors": new or 3e-3}, ("classification",), o.steps1),
-            Stage("2", both, ("classification", "reasoning", "checklist"), o.steps2),
-            Stage("3", both, None, o.steps3))
+    stages = (Stage("1", {"connectors": new or 3e-3}, ("classification",), o.steps1),
+              Stage("2", both, ("classification", "reasoning", "checklist"), o.steps2),
+              Stage("3", both, None, o.steps3))
+    if not o.tasks:
+        return stages
+    tasks = None if o.tasks == "all" else tuple(o.tasks.split(","))
+    return [replace(stage, tasks=tasks) for stage in stages]
 
 
 # ----------------------------------------------------------------------------- the listening world
@@ -479,6 +487,31 @@ def hear_all(model, clips):
     return features
 
 
+class Ready:
+    """Items made ready for a step, which is what data workers do: with their token ids and, if
+    `fronts` is a function from clips to what the front ends make of them, with that."""
+
+    def __init__(self, items, tokenizer, fronts=None):
+        self.items, self.tokenizer, self.fronts = items, tokenizer, fronts
+
+    def __getitem__(self, i):
+        try:
+            item, = with_ids(self, [self.items[i]])
+            if not self.fronts:
+                return item
+            return item | {"fronts": self.fronts(partial(load_audio, item["clip"]))}
+        except ValueError as e:  # raised in a worker it would come with a page of its traceback
+            return e
+
+
+def batches_of(ready, groups, workers):
+    """The ready items of each group of indices, in order, made in so many worker processes. They
+    get a session of their own, for a Ctrl-C at the terminal is for the first process to act on."""
+    return DataLoader(ready, batch_sampler=groups, num_workers=workers, collate_fn=list,
+                      worker_init_fn=lambda n: os.setsid(),
+                      multiprocessing_context="fork" if workers else None)
+
+
 def with_ids(model, items):
     """Add to every item its token ids and their weights: see `conversation`."""
     for item in items:
@@ -505,19 +538,25 @@ def conversation(tokenizer, pairs):
 
 # --------------------------------------------------------------------------------- training
 
-def answer_loss(model, features, items):
-    """Mean over answers of the mean cross-entropy of each one's tokens, for a batch of items."""
+def answer_loss(net, features, items, total=None):
+    """Mean over answers of the mean cross-entropy of each one's tokens, for a batch of items.
+
+    net: the model, or DistributedDataParallel around it. total: the number of answers to divide
+    by, if these items are a part of a larger batch.
+    """
+    model = getattr(net, "module", net)
     ids = pad([torch.tensor(item["ids"]) for item in items]).to(model.device)
     weights = pad([torch.tensor(item["weights"], dtype=torch.float64) for item in items])
-    hidden = model([features[item["clip"]] for item in items], ids[:, :-1])
-    return weighted_loss(model.llm, hidden, ids, weights.to(model.device))
+    hidden = net([features[item["clip"]] for item in items], ids[:, :-1])
+    return weighted_loss(model.llm, hidden, ids, weights.to(model.device), total)
 
 
-def weighted_loss(llm, hidden, ids, weights):
-    """Cross-entropy of ids (B, T) given hidden states (B, T-1, D), by weights (B, T)."""
+def weighted_loss(llm, hidden, ids, weights, total=None):
+    """Cross-entropy of ids (B, T) given hidden states (B, T-1, D), by weights (B, T), divided by
+    their sum or by `total`."""
     chosen = weights[:, 1:] > 0  # only positions whose next token belongs to an answer need logits
     losses = F.cross_entropy(llm.head(hidden[chosen]), ids[:, 1:][chosen], reduction="none")
-    return (losses * weights[:, 1:][chosen].to(losses.dtype)).sum() / weights.sum()
+    return (losses * weights[:, 1:][chosen].to(losses.dtype)).sum() / (total or weights.sum())
 
 
 def pad(rows):
@@ -535,6 +574,15 @@ def batches(sizes, size, dice):
                 yield groups[i]
 
 
+def parts_of(batch, micro):
+    """Cut a batch into parts of `micro` or fewer (0: as few as can be), equally many for each
+    process: a list of lists, what is run at the same time, one part by each."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rounds = math.ceil(len(batch) / (ranks * (micro or len(batch))))
+    parts = np.array_split(batch, rounds * ranks)
+    return [parts[i:i + ranks] for i in range(0, len(parts), ranks)]
+
+
 def schedule(step, steps):
     """Share of the peak learning rate: linear warm-up over the first 5%, then a cosine to 5%."""
     warm = max(1, steps // 20)
@@ -550,7 +598,8 @@ def optimizer_of(model, rates):
     for part, lr in rates.items():
         getattr(model, part).requires_grad_(True)
         groups.append({"params": list(getattr(model, part).parameters()), "lr": lr, "peak": lr})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05,
+                             fused=model.device.type == "cuda" or None)
 
 
 def lessons(stage, items):
@@ -572,6 +621,8 @@ def train(model, train_set, val_set, o, file, start):
     """
     dice, seconds, timed = np.random.default_rng(o.seed), 0.0, 0
     step, loss = start["step"], start["loss"]
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    halved = o.dtype == "bfloat16" or o.dtype == "auto" and model.device.type == "cuda"
     for stage in curriculum(o):
         features, items = train_set
         which, sizes = lessons(stage, items)
@@ -580,6 +631,8 @@ def train(model, train_set, val_set, o, file, start):
             if wanted:
                 print(f"stage {stage.name}: nothing to learn from, left out")
             continue
+        if o.epochs:
+            stage = replace(stage, steps=math.ceil(o.epochs * len(which) / o.batch))
         supply = batches(sizes, o.batch, dice)
         resumed = stage.name == start["stage"]
         first = start["at"] if resumed else 0 if wanted else stage.steps
@@ -587,6 +640,12 @@ def train(model, train_set, val_set, o, file, start):
             next(supply)
         if not wanted:
             continue
+        # of what is to come, one copy tells the loader what to make ready ahead of the loop
+        supply, ahead = tee(islice(supply, stage.steps - first))
+        mine = (which[part[rank] if len(part[rank]) else part[0][:1]]
+                for batch in ahead for part in parts_of(batch, o.micro))
+        ready = Ready(items, model.tokenizer, None if features else model.fronts)
+        loader = iter(batches_of(ready, mine, o.workers))
         optimizer = optimizer_of(model, stage.rates)
         if resumed:
             optimizer.load_state_dict(start["optimizer"])
@@ -596,12 +655,16 @@ def train(model, train_set, val_set, o, file, start):
         print(f"stage {stage.name}: trains {rates}, {sum(p.numel() for p in parameters):,} "
               f"parameters, {len(which):,} questions, {stage.steps} steps of {o.batch}")
 
+        net = DistributedDataParallel(model, broadcast_buffers=False) if ranks > 1 else model
+
         def keep(at):
             """Write all that it takes to go on after `at` steps of this stage as if never broken
             off; of such files the last few stay."""
+            if rank:
+                return
             model.save(f"{o.out}/step-{step:08d}.pt", stage=stage.name, at=at, step=step, loss=loss,
                        optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
-                       options=asdict(o), logged=file.tell(), data=mark_of(items))
+                       options=asdict(o), logged=file.tell(), data=items.mark if o.data else None)
             for old in kept(o.out)[:-o.keep]:
                 old.unlink()
 
@@ -610,14 +673,39 @@ def train(model, train_set, val_set, o, file, start):
                    mininterval=1, initial=first, total=stage.steps)
         with asked_to_stop() as stop:
             for i in bar:
-                chosen = with_ids(model, [items[j] for j in which[next(supply)]])
-                began = time.perf_counter()
+                batch, told = next(supply), 0.0
+                rounds = parts_of(batch, o.micro)
+                # a part counts by its share of the whole batch's answers
+                whole = len(rounds) * ranks == 1
+                total = None if whole else sum(answers_to(items, which[j]) for j in batch)
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * schedule(i, stage.steps)
-                found = answer_loss(model, features, chosen)
                 optimizer.zero_grad()
-                found.backward()
-                loss, norm = found.item(), nn.utils.clip_grad_norm_(parameters, 1.0).item()
+                for n, part in enumerate(rounds):
+                    chosen = next(loader)
+                    for item in chosen:
+                        if isinstance(item, ValueError):
+                            raise item
+                    began = time.perf_counter()
+                    alone = ranks > 1 and n < len(rounds) - 1  # gradients are shared at the end
+                    with net.no_sync() if alone else nullcontext():
+                        with torch.autocast(model.device.type, torch.bfloat16, halved):
+                            known = features or dict(zip(
+                                (item["clip"] for item in chosen),
+                                model.encode([item["fronts"] for item in chosen])))
+                            found = answer_loss(net, known, chosen, total)
+                        # of an empty part, nothing; and the processes' gradients are averaged
+                        found = found * (ranks if len(part[rank]) else 0) if ranks > 1 else found
+                        found.backward()
+                    told = told + found.detach()
+                    seconds += time.perf_counter() - began
+                began = time.perf_counter()
+                ended = bool(stop)
+                if ranks > 1:  # all are to say the same, and to stop after the same step
+                    told = torch.stack([told / ranks, torch.tensor(float(ended)).to(told)])
+                    dist.all_reduce(told)
+                    told, ended = told[0], told[1].item() > 0
+                loss, norm = told.item(), nn.utils.clip_grad_norm_(parameters, 1.0).item()
                 if not math.isfinite(loss + norm):  # while the weights and what is saved are whole
                     raise ValueError(f"stage {stage.name}, step {i}: the loss is {loss:.3g} and "
                                      f"its gradient {norm:.3g}; try a lower --lr")
@@ -627,9 +715,9 @@ def train(model, train_set, val_set, o, file, start):
                     bar.set_postfix(loss=f"{loss:.3f}")
                     log(file, step=step, stage=stage.name, loss=loss, norm=norm,
                         lr=optimizer.param_groups[0]["lr"])
-                if stop or (i + 1) % o.save_every == 0:
+                if ended or (i + 1) % o.save_every == 0:
                     keep(i + 1)
-                if stop:
+                if ended:
                     bar.close()
                     print(f"stage {stage.name}: saved after step {i}; --resume goes on from there",
                           file=sys.stderr)
@@ -639,13 +727,32 @@ def train(model, train_set, val_set, o, file, start):
         print(f"stage {stage.name}: loss {loss:.3f}, validation {share:.1%} exact "
               f"({len(val_set[1])} questions), {1000 * seconds / max(1, timed):.0f} ms a step")
         log(file, step=step, stage=stage.name, validation=share)
-        for name in (f"stage{stage.name}", "model"):  # where the next stage starts; whom to ask
+        # where the next stage starts, and whom to ask
+        for name in () if rank else (f"stage{stage.name}", "model"):
             model.save(f"{o.out}/{name}.pt", step=step, stage=stage.name)
     return seconds / max(1, timed)
 
 
+def answers_to(items, i):
+    """How many answers item i has: one, but for the checklists of the listening world."""
+    return len(items[i].get("pairs", "1")) if isinstance(items, list) else 1
+
+
 def log(file, **line):
     print(json.dumps(line), file=file, flush=True)
+
+
+def join_processes(o):
+    """Under torchrun, be one of several processes that train one model: the first one speaks and
+    saves for all. Returns the name of this process's device."""
+    if not dist.is_torchelastic_launched():
+        return o.device
+    on_gpus = o.device in ("auto", "cuda") and torch.cuda.is_available()
+    dist.init_process_group("nccl" if on_gpus else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    return f"cuda:{os.environ['LOCAL_RANK']}" if on_gpus else o.device
 
 
 @contextmanager
@@ -672,12 +779,9 @@ def kept(folder):
     return sorted(Path(folder).glob("step-*.pt"))
 
 
-# What may change between a checkpoint and --resume: nothing here alters what is computed.
-FREE = {"resume", "out", "device", "save_every", "keep"}
-
-
-def mark_of(items):
-    return getattr(items, "mark", "")  # the world's are as the options say
+# What may change between a checkpoint and --resume, as it alters sums only by their rounding.
+FREE = {"resume", "out", "device", "save_every", "keep", "micro", "workers", "dtype",
+        "recompute", "compile", "keep_features"}
 
 
 def beginning(model, o, mark):
@@ -981,6 +1085,8 @@ class Options:
     steps3: int = option(1800, "steps of stage 3: LLM and connectors, all questions")
     lr: float = option(0.0, "peak rate of the LLM, a third of the connectors'; 0: the mode's own, "
                             f"or with --llm {REAL_LLM_RATE:g}")
+    epochs: float = option(0.0, "passes over a stage's questions, instead of its steps")
+    tasks: str = option(None, "tasks to learn, with commas between, or all; else the stage's own")
     connector_lr: float = option(0.0, "peak rate of the connectors; 0: 0.003 in stage 1, then "
                                       "thrice the LLM's")
     stage: str = option("all", "one stage, which starts from the one before, or all of them",
@@ -988,6 +1094,14 @@ class Options:
     save_every: int = option(500, "steps between two checkpoints, step-*.pt", low=1)
     keep: int = option(2, "how many of them stay", low=1)
     resume: bool = option(False, "go on from the newest step-*.pt in --out, with the same options")
+    micro: int = option(0, "questions at once, to save memory: a step adds up parts; 0: all")
+    recompute: bool = option(False, "save memory: compute feed-forward parts again for backward")
+    compile: bool = option(False, "torch.compile the feed-forward parts")
+    dtype: str = option("auto", "of the products: auto is bfloat16 on cuda, else float32",
+                        choices=["auto", "bfloat16", "float32"])
+    keep_features: bool = option(True, "hear each training clip once; if they do not fit in memory:"
+                                       " --no-keep-features, hear it each time it is asked about")
+    workers: int = option(0, "processes that read and prepare data ahead", high=256)
     device: str = option("auto", "cpu, cuda, mps or auto")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
     read_steps: int = option(3000, "with --prepare: steps of the LLM's reading")
@@ -999,14 +1113,17 @@ def main(o):
     o = replace(o, out=o.out or f"out/{o.mode}")
     if o.prepare:
         return prepare(o)
+    device = join_processes(o)
     if not o.data and (o.val_data or o.audio_root):
         raise ValueError("--val-data and --audio-root say more about --data, which is missing")
+    if not o.keep_features and not o.val_data:
+        raise ValueError("--no-keep-features is for --data, and needs --val-data besides")
     torch.manual_seed(o.seed)
     sources = {kind: getattr(o, kind) for kind in WINDOWS}
     model = load_base(o.base, o.mode, WINDOWS, sources, o.llm)
     if o.data:
         items = Questions(o.data, o.audio_root, o.skip_bad)
-        train_data = val_data = test_data = items.clips(), items
+        train_data = val_data = test_data = items.clips() if o.keep_features else {}, items
         if o.val_data:
             items = Questions(o.val_data, o.audio_root, o.skip_bad)
             val_data = test_data = items.clips(), items
@@ -1021,9 +1138,12 @@ def main(o):
                if o.stage in ("all", stage.name)):
         raise ValueError("nothing to train: no stage has both steps and questions of its tasks")
     Path(o.out).mkdir(parents=True, exist_ok=True)
-    start = beginning(model, o, mark_of(train_data[1]))
-    device = pick_device(o.device)
+    start = beginning(model, o, train_data[1].mark if o.data else None)
+    device = pick_device(device)
     model.to(device)
+    if "clap" in model.encoders and not o.keep_features:  # what workers use stays on the CPU
+        model.encoders["clap"].logmel_extractor.cpu()
+    lighten(model, o.recompute, o.compile)
     features = {}  # of each of the lists once, though two of them may be the same
     for clips, items in (train_data, val_data, test_data):
         if id(items) not in features:
@@ -1032,8 +1152,10 @@ def main(o):
     if not o.data:
         write_demo(*test_data)
     metrics = f"{o.out}/metrics.jsonl"
-    if o.resume:
+    if o.resume and os.path.getsize(metrics) > start["logged"]:
         os.truncate(metrics, start["logged"])  # what came after will come again
+    if dist.is_initialized() and dist.get_rank():
+        metrics = os.devnull  # only the first process writes
     with open(metrics, "a" if start["step"] else "w") as file:
         seconds = train(model, sets[0], sets[1], o, file, start)
         scores = table(model, *sets[2], sets[0][1])
@@ -1041,8 +1163,20 @@ def main(o):
         print(f"{trained:,} parameters trained, {1000 * seconds:.0f} ms a step, "
               f"peak memory {peak_memory(device):.0f} MiB; the model is {o.out}/model.pt")
         log(file, scores=scores, seconds_per_step=seconds, options=asdict(o))
-    for path in kept(o.out):  # finished: nothing is left to resume
+    for path in kept(o.out) if metrics != os.devnull else ():  # finished: nothing to resume
         path.unlink()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def lighten(model, recompute, compile):
+    """Make the feed-forward parts, which keep the most for backward, keep nothing but their input,
+    or compile them. Attention writes a cache, which must not happen twice."""
+    for block in model.llm.model.layers:
+        if compile:
+            block.mlp.compile()
+        if recompute:
+            block.mlp.forward = partial(checkpoint, block.mlp.forward, use_reentrant=False)
 
 
 def write_demo(clips, items, count=8):

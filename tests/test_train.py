@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -120,12 +121,12 @@ def watch(monkeypatch):
     """[(names and tensors of the model, questions of the batch), ...] of every step."""
     seen, answer_loss = [], train.answer_loss
 
-    def watched(model, features, items):
+    def watched(model, features, items, total):
         state = {name: p.clone() for name, p in model.state_dict().items()}
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         assert not any(part.training for part in model.encoders.modules())
         seen.append((state, [i["instruction"] + i["output"] for i in items], trained))
-        return answer_loss(model, features, items)
+        return answer_loss(model, features, items, total)
 
     monkeypatch.setattr(train, "answer_loss", watched)
     return seen
@@ -635,6 +636,83 @@ def test_killed_twenty_times_it_ends_with_the_very_losses(sounds, base):
     assert lines[0] == lines[1] and len(lines[0]) > 20
     assert the_same(*(torch.load(path / "model.pt", weights_only=True)["state"]
                       for path in (folder, sounds / "whole")))
+
+
+# ------------------------------------------------------------------- in parts, and elsewhere
+
+def close(lines, others, far=1e-6):
+    a, b = np.array(losses(lines)), np.array(losses(others))
+    return a.shape == b.shape and np.allclose(a[:, :2], b[:, :2], rtol=0, atol=far)
+
+
+@pytest.mark.parametrize("data", ["own", "world"])
+def test_a_batch_in_parts_is_the_batch_at_once(data, learn, sounds):
+    options = () if data == "own" else ("--clips", 4, "--test-clips", 2)
+    kind = {"data": ()} if data == "world" else {}
+    whole = learn(*options, "--batch", 5, steps=(11, 11, 11), **kind)[2]
+    parts = learn(*options, "--batch", 5, "--micro", 2, steps=(11, 11, 11), **kind)[2]
+    assert len(losses(whole)) == 6 and close(whole[:1], parts[:1]) and close(whole, parts, 1e-3)
+    assert losses(whole) != losses(parts)
+
+
+def test_two_processes_are_one_with_twice_the_parts(learn, sounds, base):
+    steps = "--steps1 11 --steps2 11 --steps3 11".split()
+    options = ["--data", "q.json", "--val-data", "v.json", "--batch", "3", "--micro", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "train.py"), "--base", str(base), "--device", "cpu", *options, *steps]
+    done = subprocess.run([*command, "--out", "two"], cwd=sounds, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("stage 3: trains") == 1  # the first speaks for both
+    two = [json.loads(line) for line in (sounds / "two" / "metrics.jsonl").read_text().splitlines()]
+    one = learn(*options[4:], steps=(11, 11, 11))[2]
+    assert len(losses(one)) == 6 and close(one, two)
+    assert {p.name for p in (sounds / "two").iterdir()} == {
+        "metrics.jsonl", "model.pt", "stage1.pt", "stage2.pt", "stage3.pt"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_encoders_in_the_loop_give_what_kept_features_give(workers, learn, sounds):
+    kept = learn()[2]
+    there = learn("--no-keep-features", "--workers", workers)[2]
+    assert close(kept, there, 1e-5)
+
+
+def test_workers_change_nothing_and_a_bad_sound_in_one_is_one_line(learn, sounds, refuses, base):
+    plain, ahead = learn()[2], learn("--workers", 2)[2]
+    assert losses(plain) == losses(ahead)
+    (sounds / "c.wav").write_bytes((sounds / "c.wav").read_bytes()[:999])
+    lines = refuses(["c.wav", "truncated"], train, "--base", base, "--data", "q.json", "--val-data",
+                    "v.json", "--no-keep-features", "--workers", 1, "--out", "new")
+    assert len([line for line in lines if "c.wav" in line]) == 1
+
+
+def test_computing_again_saves_memory_and_changes_nothing(learn, sounds):
+    assert losses(learn()[2]) == losses(learn("--recompute")[2])
+    model = audio_llm("lal")
+    held = []
+    x = torch.randn(1, 50, model.llm.config.hidden_size, requires_grad=True)
+    for again in (False, True):
+        train.lighten(model, again, False)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: kept.append(t.numel()) or t, lambda t: t):
+            model.llm.model.layers[0].mlp(x)
+        held.append(sum(kept))
+    assert held[1] < held[0] / 2
+
+
+def test_epochs_and_tasks_take_the_place_of_steps_and_of_the_stages_own(learn, sounds, watch):
+    learn("--epochs", 2, "--tasks", "captioning,reasoning", "--stage", 1)
+    assert len(watch) == 6  # twice six questions, two a step
+    assert Counter(sum((batch for _, batch, _ in watch), [])) == {
+        f"What is it, {task}?{name} {name}": 2
+        for name in "abc" for task in ("captioning", "reasoning")}
+
+
+def test_bfloat16_is_near_to_float32(learn, sounds):
+    plain, half = losses(learn()[2]), losses(learn("--dtype", "bfloat16")[2])
+    assert half != plain and np.allclose([x[1] for x in plain], [x[1] for x in half], rtol=0.05)
 
 
 # -------------------------------------------------------------------------------------- the base
