@@ -26,8 +26,7 @@ import torch.nn.functional as F
 
 from model import load_tensors
 
-# ---------------------------------------------------------------------------------------------
-# Files
+# ----------------------------------------------------------------------------------------- Files
 
 # (format tag, bits) of a WAV -> how numpy reads one sample; 24 bits have no type of their own
 WAV_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "u1", (1, 32): "<i4",
@@ -143,8 +142,7 @@ def resample(wave, old, new, zeros=6, rolloff=0.99):
     return out.flatten()[:length]
 
 
-# ---------------------------------------------------------------------------------------------
-# Spectrograms
+# ---------------------------------------------------------------------------------- Spectrograms
 
 def mel_bank(mels, bins, rate, low, high, scale="slaney"):
     """
@@ -178,8 +176,7 @@ def power_spectrum(wave, window, hop):
     return (x.real.square() + x.imag.square()).transpose(1, 2)
 
 
-# ---------------------------------------------------------------------------------------------
-# What the encoders share
+# ----------------------------------------------------------------------- What the encoders share
 
 class Encoder(nn.Module):
     """
@@ -189,8 +186,9 @@ class Encoder(nn.Module):
         encoder(features) -> (B, N, D), N = extra + steps * bands
 
     Every clip fills one window of `seconds`: shorter ones are padded, of longer ones the first
-    window is heard. After `extra` leading tokens (SSLAM's cls) come the tokens of `grid` =
-    (time steps, frequency bands), time first: token extra + t * bands + f.
+    window is heard, and a warning says so. After `extra` leading tokens (SSLAM's cls) come those
+    of `grid` = (time steps, frequency bands), low to high: token extra + t * bands + f.
+    `window` and `bank` (bins, mels) make the spectrogram: no weights, always float32.
     """
     extra = 0
     source = None  # the public file that the weights came from
@@ -199,10 +197,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.config, self.width, self.seconds = config, config.width, config.seconds
 
-    def tokens(self, seconds):
+    def steps(self, seconds):
         """How many of the grid's time steps, from the first, carry a clip of so many seconds."""
         steps = self.grid[0]
         return min(steps, max(1, math.ceil(round(seconds * steps / self.seconds, 6))))
+
+    def tokens(self, seconds):
+        """How many tokens, from the first, carry a clip of so many seconds; the rest is padding."""
+        return self.extra + self.steps(seconds) * self.grid[1]
 
     @torch.no_grad()
     def front_end(self, wave):
@@ -261,15 +263,13 @@ def waves(places, omega):
     return torch.from_numpy(np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32))
 
 
-# ---------------------------------------------------------------------------------------------
-# Whisper (Radford et al. 2022; names and sizes of openai/whisper): speech
+# ------------------ Whisper (Radford et al. 2022; names and sizes of openai/whisper), for speech
 
 @dataclass(frozen=True)
 class WhisperConfig:
     mels: int = 80
     width: int = 384
     layers: int = 4
-    heads: int = 0          # 0: one for every 64 of width, as in all real ones
     seconds: float = 30.0
 
 
@@ -285,16 +285,15 @@ WHISPER_SIZES = {
 
 
 class WhisperAttention(nn.Module):
-    def __init__(self, width, heads):
+    def __init__(self, width):
         super().__init__()
-        self.heads = heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width, bias=False)  # a bias would shift all scores alike
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
 
     def forward(self, x):
-        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, D/H)
+        q, k, v = (part(x).unflatten(-1, (-1, 64)).transpose(1, 2)  # (B, H, N, 64), in every size
                    for part in (self.query, self.key, self.value))
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -302,9 +301,9 @@ class WhisperAttention(nn.Module):
 class WhisperBlock(nn.Module):
     """Pre-LN: each part reads a normalised copy and adds to the stream."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width):
         super().__init__()
-        self.attn = WhisperAttention(width, heads)
+        self.attn = WhisperAttention(width)
         self.attn_ln = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(),
                                  nn.Linear(4 * width, width))
@@ -330,8 +329,7 @@ class Whisper(Encoder):
         self.conv2 = nn.Conv1d(d, d, 3, stride=2, padding=1)
         omega = 10000.0 ** -(np.arange(d // 2) / (d // 2 - 1))
         self.register_buffer("positional_embedding", waves(np.arange(self.grid[0]), omega))
-        heads = config.heads or d // 64
-        self.blocks = nn.Sequential(*(WhisperBlock(d, heads) for _ in range(config.layers)))
+        self.blocks = nn.Sequential(*(WhisperBlock(d) for _ in range(config.layers)))
         self.ln_post = nn.LayerNorm(d)
 
     def spectrogram(self, wave):
@@ -349,14 +347,12 @@ class Whisper(Encoder):
         return self.ln_post(self.blocks(x))
 
 
-# ---------------------------------------------------------------------------------------------
-# SSLAM (Alex et al., ICLR 2025; the architecture of EAT, names of its Hugging Face port): sounds
+# ------ SSLAM (Alex et al., ICLR 2025; built as EAT, names of its Hugging Face port), for sounds
 
 @dataclass(frozen=True)
 class SSLAMConfig:
     width: int = 768
     layers: int = 12
-    heads: int = 0          # 0: one for every 64 of width
     seconds: float = 10.24  # 1024 frames of 10 ms; frames come in columns of 16
 
 
@@ -387,7 +383,7 @@ class SSLAM(Encoder):
         self.grid = (self.frames // 16, 8)
         self.window = torch.from_numpy(np.hanning(400).astype(np.float32))  # not periodic
         self.bank = mel_bank(128, 257, self.rate, 20, 8000, "kaldi")
-        self.extra_tokens = nn.Parameter(nn.init.normal_(torch.empty(1, 1, d), std=0.02))
+        self.extra_tokens = nn.Parameter(nn.init.uniform_(torch.empty(1, 1, d), -0.03, 0.03))
         self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(1, d, 16, stride=16)})
         # A patch's band is told in the first half of its width, its time in the second.
         t, f = np.divmod(np.arange(self.frames // 2), 8)
@@ -396,8 +392,7 @@ class SSLAM(Encoder):
         self.fixed_positional_encoder = nn.Module()
         self.fixed_positional_encoder.register_buffer("positions", positions)
         self.pre_norm = nn.LayerNorm(d, eps=1e-6)
-        heads = config.heads or d // 64
-        blocks = (SSLAMBlock(d, heads, eps=1e-6) for _ in range(config.layers))
+        blocks = (SSLAMBlock(d, d // 64, eps=1e-6) for _ in range(config.layers))
         self.blocks = nn.Sequential(*blocks)
 
     def spectrogram(self, wave):
@@ -420,8 +415,7 @@ class SSLAM(Encoder):
         return self.blocks(self.pre_norm(x))
 
 
-# ---------------------------------------------------------------------------------------------
-# CLAP (Wu et al. 2022; Elizalde et al. 2023; names of laion_clap): sounds, as captions have them
+# ------------------ CLAP (Wu et al. 2022, Elizalde et al. 2023; names of laion_clap), for sounds
 
 @dataclass(frozen=True)
 class CLAPConfig:
@@ -453,7 +447,6 @@ class SwinBlock(Block):
 
     def __init__(self, width, heads, side, shift):
         super().__init__(width, heads)
-        assert side % 8 == 0, f"a map of {side} x {side} has no whole windows of 8 x 8"
         self.attn.relative_position_bias_table = nn.Parameter(torch.zeros(15 * 15, heads))
         self.shift = shift
         y, x = np.divmod(np.arange(64), 8)
@@ -517,9 +510,7 @@ class CLAP(Encoder):
         self.samples = round(config.seconds * config.rate)
         assert 1 + self.samples // config.hop <= self.frames, f"{config} is too long for its image"
         self.window = torch.from_numpy(np.hanning(1025)[:-1].astype(np.float32))
-        bank = mel_bank(64, 513, config.bank_rate, 50, config.high, config.scale)
-        self.logmel_extractor = nn.Module()
-        self.logmel_extractor.register_buffer("melW", bank)  # checkpoints may bring their own
+        self.bank = mel_bank(64, 513, config.bank_rate, 50, config.high, config.scale)
         self.bn0 = nn.BatchNorm2d(64)
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, d, 4, 4), "norm": nn.LayerNorm(d)})
         self.layers = nn.Sequential()
@@ -540,8 +531,7 @@ class CLAP(Encoder):
         copies = n / wave.shape[1]
         wave = wave.repeat(1, math.ceil(copies) if self.config.fill else int(copies))[:, :n]
         wave = F.pad(wave, (0, n - wave.shape[1]))
-        power = power_spectrum(wave, self.window, self.config.hop)
-        mel = power @ self.logmel_extractor.melW.float().to(power.device)
+        mel = power_spectrum(wave, self.window, self.config.hop) @ self.bank.to(wave.device)
         return 10 * mel.clamp(min=1e-10).log10()[:, None]  # (B, 1, F, 64), in dB
 
     def forward(self, x):
@@ -555,8 +545,7 @@ class CLAP(Encoder):
         return x.transpose(2, 3).flatten(1, 3)  # (B, steps * bands, D)
 
 
-# ---------------------------------------------------------------------------------------------
-# Public checkpoints
+# ---------------------------------------------------------------------------- Public checkpoints
 
 ENCODERS = {"whisper": Whisper, "sslam": SSLAM, "clap": CLAP}
 
@@ -578,7 +567,7 @@ NAMES = {
         (r"^(state_dict\.|model\.)?(module\.)?", ""),
         (r"^(audio_branch|audio_encoder\.base\.htsat)\.", ""),  # laion_clap; Microsoft
         (r"^(audio_model\.)?audio_encoder\.", ""),  # Hugging Face, as all that follows
-        (r"^batch_norm\.", "bn0."),
+        (r"^batch_norm\.", "bn0."), (r"^logmel_extractor\.melW$", "bank"),
         (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
         (r"\.attention\.self\.query\.", ".attn.qkv.0."),  # three parts, put together on loading
         (r"\.attention\.self\.key\.", ".attn.qkv.1."),
@@ -607,20 +596,21 @@ def load_encoder(kind, path, dtype=torch.float32):
 
     Its form and sizes are read off its tensors: Whisper of openai/whisper and Hugging Face; SSLAM
     of fairseq, pre-trained and fine-tuned, and Hugging Face; CLAP of laion_clap, fused or not,
-    Hugging Face, and Microsoft 2023. ValueError, one line: which tensor is missing or misshapen.
+    Hugging Face, and Microsoft 2023. Weights become `dtype`, for a GPU perhaps a half one; a file
+    of that type is mapped, not copied. ValueError, one line: what is missing or misshapen.
     """
     tensors = load_tensors(path)
+    names = list(tensors)
     state = public_names(kind, tensors)
     try:
-        config = MEASURE[kind](state, " ".join(tensors))
+        config = MEASURE[kind](state, " ".join(names))
     except (KeyError, ValueError, IndexError) as error:  # absent, or not of so many dimensions
-        raise ValueError(f"{path}: no {kind} encoder among its {len(tensors)} tensors ({error})"
+        raise ValueError(f"{path}: no {kind} encoder among its {len(names)} tensors ({error})"
                          ) from None
     with torch.device("meta"):  # no memory for weights that are about to be replaced
         encoder = ENCODERS[kind](config)
-    wanted = encoder.state_dict()
-    # CLAP's mel bank may be absent: computed, it is not on "meta" as what is learned.
-    state = {name: t for name, t in wanted.items() if not t.is_meta} | state
+    wanted = encoder.state_dict() | {"bank": encoder.bank}
+    state.setdefault("bank", encoder.bank)  # only CLAP's files may bring their own
     wrong = [f"{name} is missing" for name in wanted if name not in state]
     wrong += [f"{name} is not known" for name in state if name not in wanted]
     wrong += [f"{name} is {tuple(state[name].shape)}, not {tuple(wanted[name].shape)}"
@@ -628,16 +618,20 @@ def load_encoder(kind, path, dtype=torch.float32):
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{path}: not quite a {kind} encoder: {', '.join(wrong[:3])}{more}")
-    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    encoder.bank, encoder.source = state.pop("bank").float(), str(path)
+    for name in list(state):  # one by one: no more than one tensor is there twice
+        tensor = state.pop(name)
+        state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     encoder.load_state_dict(state, assign=True)
-    encoder.source = str(path)
     return encoder.eval()
 
 
 def public_names(kind, tensors):
-    """The encoder's own tensors, by the names that they have here."""
+    """The encoder's own tensors, by the names that they have here. Empties `tensors`, so that what
+    is put together anew, or not needed, does not stay in memory."""
     state = {}
-    for name, tensor in tensors.items():
+    while tensors:
+        name, tensor = tensors.popitem()
         for pattern, new in NAMES[kind]:
             name = re.sub(pattern, new, name)
         if not re.match(IGNORED[kind], name):
@@ -672,7 +666,7 @@ def measure_sslam(state, names):
 def measure_clap(state, names):
     base = next(config for mark, config in CLAP_FRONT_ENDS.items() if re.search(mark, names))
     if base.scale == "htk":  # the fused ones carry a bank that they do not listen through
-        state.pop("logmel_extractor.melW", None)
+        state.pop("bank", None)
     stages = range(count(state, "layers."))
     return replace(base, width=len(state["patch_embed.proj.weight"]),
                    depths=tuple(count(state, f"layers.{i}.blocks.") for i in stages),
@@ -684,6 +678,4 @@ MEASURE = {"whisper": measure_whisper, "sslam": measure_sslam, "clap": measure_c
 
 def make_encoder(kind, size="mini"):
     """A new encoder with random weights, of one of ENCODERS[kind].sizes."""
-    sizes = ENCODERS[kind].sizes
-    assert size in sizes, f"{size}: not one of {', '.join(sizes)}"
-    return ENCODERS[kind](sizes[size])
+    return ENCODERS[kind](ENCODERS[kind].sizes[size])

@@ -202,8 +202,7 @@ class AudioLLM(nn.Module):
         for kind, encoder in self.encoders.items():
             batch = torch.cat([f[kind][0] for f in fronts]).to(self.device)
             for features, f, tokens in zip(out, fronts, encoder(batch)):
-                steps = encoder.tokens(f[kind][1])
-                heard = tokens[encoder.extra:][:steps * encoder.grid[1]]
+                heard = tokens[encoder.extra:encoder.tokens(f[kind][1])]
                 features[kind] = pool(heard, self.windows[kind]).float()
         return out
 
@@ -278,7 +277,8 @@ class AudioLLM(nn.Module):
             else:
                 encoders[kind] = ENCODERS[kind](config)
         tokenizer = read_tokenizer(from_bytes(saved["tokenizer"]))
-        llm = LLM(LLMConfig(**saved["llm"]))
+        with torch.device("meta"):  # no memory for weights that are about to be replaced
+            llm = LLM(LLMConfig(**saved["llm"]))
         model = cls(llm, tokenizer, encoders, saved["mode"], saved["windows"])
         model.fill(path, saved)
         return model.eval()
@@ -288,7 +288,7 @@ class AudioLLM(nn.Module):
         if saved["mode"] != self.mode:
             raise ValueError(f"{path}: of mode {saved['mode']}, not {self.mode}")
         try:
-            unread = self.load_state_dict(saved["state"], strict=False)
+            unread = self.load_state_dict(saved["state"], strict=False, assign=True)
         except RuntimeError as e:
             raise ValueError(f"{path}: of another model ({' '.join(str(e).split())})") from None
         missing = [name for name in unread.missing_keys if not self.is_elsewhere(name)]

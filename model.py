@@ -20,6 +20,7 @@ import re
 import struct
 import unicodedata
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,19 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
+@contextmanager
+def reading(path, what):
+    """Whatever a file leads to that is missing, damaged or hostile is a ValueError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = f"it has no {error}" if isinstance(error, KeyError) else reason
+        raise ValueError(f"{path}: no {what} ({reason}); fetch it again, or another") from None
+
+
 def load_tensors(path):
     """
     Read a weight file, or a Hugging Face folder of one or several, as a flat {name: tensor}.
@@ -76,34 +90,27 @@ def load_tensors(path):
     Tensors are views of the memory-mapped file, read when used; no code in a file is ever run.
     Raises ValueError, one line, for a file that is missing, damaged or something else.
     """
-    path, tensors = Path(path), {}
+    path, tensors, readers = Path(path), {}, {b"P": read_zip, b"\x80": read_legacy}
     if path.is_dir():
         found = [path / name for name in WEIGHTS if (path / name).exists()]
         if not found:
             raise ValueError(f"{path}: no weights in this folder; wanted {' or '.join(WEIGHTS)}")
         path = found[0]
-    try:
-        files = [path]
-        if path.suffix == ".json":  # the index of a model in several files
-            names = json.loads(path.read_text())["weight_map"].values()
-            files = [path.parent / name for name in sorted(set(names))]
-        for path in files:
+    files = [path]
+    if path.suffix == ".json":  # the index of a model in several files
+        index = read_json(path)
+        with reading(path, "index of weights"):
+            files = [path.parent / name for name in sorted(set(index["weight_map"].values()))]
+    for path in files:
+        with reading(path, "weights to be read"):
             file = MappedFile(path)
             magic = file.data[:9].numpy().tobytes()
-            if magic[8:] == b"{":
-                tensors.update(read_safetensors(file))
-            elif magic[:4] == b"PK\3\4":
-                tensors.update(read_zip(file))
-            elif magic[:1] == b"\x80":
-                tensors.update(read_legacy(file))
-        if not tensors:
-            raise ValueError("neither safetensors nor made by torch.save, or without a tensor")
-        return tensors
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except Exception as error:  # whatever a damaged or hostile file may lead to
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: no weights to be read ({reason}); fetch it again") from None
+            read = read_safetensors if magic[8:] == b"{" else readers.get(magic[:1])
+            found = read(file) if read else {}
+            if not found:
+                raise ValueError("neither safetensors nor made by torch.save, or empty")
+            tensors |= found
+    return tensors
 
 
 class MappedFile:
@@ -123,10 +130,8 @@ class MappedFile:
             raise ValueError(f"{len(self.data)} bytes, where {count} {dtype} should be at {start}")
         if size == 0:
             return torch.empty(0, dtype=dtype)
-        if start % dtype.itemsize:
-            return torch.from_numpy(np.fromfile(self.path, "u1", size, offset=start)).view(dtype)
         part = np.memmap(self.path, "u1", "c", start, size)  # copy on write: the file stays whole
-        return torch.from_numpy(part).view(dtype)
+        return torch.from_numpy(part.copy() if start % dtype.itemsize else part).view(dtype)
 
 
 def read_safetensors(file):
@@ -239,15 +244,11 @@ def tensors_in(tree, file, start, prefix=""):
 
 def read_json(path):
     """The object in a JSON file. ValueError, one line, if there is none."""
-    try:
+    with reading(path, "JSON object"):
         found = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); fetch it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: a JSON {type(found).__name__}, not an object; fetch it again")
-    return found
+        if not isinstance(found, dict):
+            raise ValueError(f"but a {type(found).__name__}")
+        return found
 
 
 # Whether q, k and v have a bias; and the settings that change results, as they must be.
@@ -261,7 +262,7 @@ def read_config(folder):
     """The LLMConfig of a Hugging Face folder. ValueError for all that we would compute wrongly."""
     path = Path(folder) / "config.json"
     c = read_json(path)
-    try:
+    with reading(path, "model that can be computed here"):
         name = c["architectures"][0]
         if name not in ARCHITECTURES:
             raise ValueError(f"the architecture {name} is not one of {', '.join(ARCHITECTURES)}")
@@ -287,10 +288,25 @@ def read_config(folder):
             rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
             rope_scaling={key: float(rope[key]) for key in LLAMA3} if kind == "llama3" else None,
             tie_word_embeddings=bool(c.get("tie_word_embeddings")))
-    except KeyError as error:
-        raise ValueError(f"{path}: it does not say {error}") from None
-    except (ArithmeticError, AssertionError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+
+
+def fill(module, tensors, source, dtype, device="cpu"):
+    """Make these tensors, which came from `source`, the module's own, and empty the dict.
+
+    Each goes straight to its dtype and device; one that is there already stays a map of the file.
+    ValueError, one line: what is missing, unknown or misshapen.
+    """
+    wanted = module.state_dict()
+    wrong = [f"{name} is missing" for name in wanted if name not in tensors]
+    for name, t in tensors.items():
+        if name not in wanted:
+            wrong.append(f"{name} does not belong there")
+        elif (t.shape, t.dtype.is_floating_point) != (wanted[name].shape, True):
+            wrong.append(f"{name} is {t.dtype} {list(t.shape)}, not {list(wanted[name].shape)}")
+    if wrong:
+        raise ValueError(f"{source}: {', '.join(wrong[:3])}{', and more' * (len(wrong) > 3)}")
+    module.load_state_dict({name: tensors.pop(name).to(device, dtype) for name in wanted},
+                           assign=True)
 
 
 # ---------------------------------------------------------------------------- positions and cache
@@ -361,15 +377,14 @@ class KVCache:
 
         new = KVCache(len(self.keys), room)
         new.next, new.plain = choose(self.next), self.plain
+        shared = {id(p): choose(p) for p in self.positions}
         for i, positions in enumerate(self.positions):
-            if positions is None:
-                continue
-            same = [j for j in range(i) if self.positions[j] is positions]  # keep sharing
-            new.positions[i] = new.positions[same[0]] if same else choose(positions)
-            S = positions.shape[1]
+            new.positions[i] = shared[id(positions)]
+            S = 0 if positions is None else positions.shape[1]
             for old, store in ((self.keys[i], new.keys), (self.values[i], new.values)):
-                store[i] = old.new_empty(len(rows), S + room, *old.shape[2:])
-                store[i][:, :S] = choose(old)[:, :S]
+                if S:
+                    store[i] = old.new_empty(len(rows), S + room, *old.shape[2:])
+                    store[i][:, :S] = choose(old)[:, :S]
         return new
 
 
@@ -410,7 +425,7 @@ def rotary(positions, config, dtype):
 def rotate(x, rope):
     """Turn each pair (x[i], x[i + d/2]) of x (B, T, heads, d) by its position's angle."""
     cos, sin = rope
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 # ------------------------------------------------------------------------------------- the decoder
@@ -447,9 +462,8 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T or S, d)
         # softmax(q k^T / sqrt(d) + mask) v; told "causal", the kernel needs no mask and skips half
-        causal = isinstance(mask, str)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask,
-                                           is_causal=causal, enable_gqa=True)
+        causal = mask is None and q.shape[2] > 1
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -491,28 +505,26 @@ class Decoder(nn.Module):
 
     def forward(self, x, positions=None, cache=None):
         """x (B, T, D) -> (B, T, D). See LLM.forward for positions and cache."""
-        cache_is_empty = cache is None or all(p is None for p in cache.positions)
+        first = cache is None or all(p is None for p in cache.positions)
         in_order = positions is None
         if in_order:
             positions, after = place(0 if cache is None else cache.next, x.shape[1])
         else:
             after = end(positions)
         positions = positions.to(x.device)
-        masks = {}  # one for every distinct set of keys: a single one, unless layers were left out
         if cache is not None:
             cache.extend(positions)
             cache.plain = cache.plain and in_order
             cache.next = after
-        if in_order and cache_is_empty:
-            masks[None] = "causal"
-        elif in_order and cache.plain and x.shape[1] == 1:
-            masks[None] = None  # one more token after everything else: it sees all
+        # plain causal, or one more token after everything else, which sees all: without a mask
+        unmasked = in_order and (first or cache.plain and x.shape[1] == 1)
+        masks = {}  # one for every distinct set of keys: a single one, unless layers were left out
         rope = rotary(positions, self.config, x.dtype)
         for i, block in enumerate(self.layers):
             keys = positions if cache is None else cache.positions[i]
-            if None not in masks and id(keys) not in masks:
+            if not unmasked and id(keys) not in masks:
                 masks[id(keys)] = visibility(positions, keys, x.dtype)
-            x = block(x, rope, masks[None] if None in masks else masks[id(keys)], cache, i)
+            x = block(x, rope, masks.get(id(keys)), cache, i)
         return self.norm(x)
 
 
@@ -542,28 +554,13 @@ class LLM(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
         """A Llama or Qwen2 from a Hugging Face folder, in eval mode: config.json and weights.
-
-        Each tensor goes straight from the file to its dtype and device; what has them already
-        stays a map of the file. ValueError, one line, for whatever does not fit.
-        """
+        ValueError, one line, for whatever does not fit. See `fill` for what is copied."""
         with torch.device("meta"):
             llm = cls(read_config(folder))
         # Old Llamas store their rotary speeds, and some tied models their embedding twice.
         unused = r".*rotary_emb\.inv_freq" + "|lm_head.weight" * llm.config.tie_word_embeddings
-        tensors = {name: tensor for name, tensor in load_tensors(folder).items()
-                   if not re.fullmatch(unused, name)}
-        wanted = llm.state_dict()
-        for names, what in ((wanted.keys() - tensors.keys(), "is missing"),
-                            (tensors.keys() - wanted.keys(), "does not belong to it")):
-            if names:
-                raise ValueError(f"{folder}: {', '.join(sorted(names))} {what}")
-        for name, want in wanted.items():
-            found = tensors[name]
-            if found.shape != want.shape or not found.is_floating_point():
-                raise ValueError(f"{folder}: {name} is {found.dtype} {list(found.shape)}, and "
-                                 f"config.json asks for floats {list(want.shape)}")
-        llm.load_state_dict({name: tensors.pop(name).to(device, dtype) for name in wanted},
-                            assign=True)
+        fill(llm, {name: tensor for name, tensor in load_tensors(folder).items()
+                   if not re.fullmatch(unused, name)}, folder, dtype, device)
         return llm.eval()
 
     def embed(self, ids):
@@ -849,18 +846,11 @@ def load_tokenizer(path):
     beside = path.with_name("config.json")
     config = read_json(beside) if beside.exists() else {}
     spec = read_json(path) if path.suffix == ".json" else None
-    try:
+    with reading(path, "usable tokenizer"):
         for key in ("bos", "eos") if spec else ():
             ids = config.get(f"{key}_token_id")
             spec[f"{key}_id"] = ids[-1] if isinstance(ids, list) else ids  # the last ends a turn
         tokenizer = BPETokenizer(spec) if spec else SentencePieceTokenizer(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read the tokenizer ({error.strerror})") from None
-    except KeyError as error:
-        raise ValueError(f"{path}: not a usable tokenizer, it has no {error}") from None
-    except Exception as error:  # whatever a damaged file may lead to
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: not a usable tokenizer ({reason})") from None
     if tokenizer.vocab_size > config.get("vocab_size", tokenizer.vocab_size):
         raise ValueError(f"{path}: {tokenizer.vocab_size} tokens, and {beside} says "
                          f"{config['vocab_size']}: they do not belong together")

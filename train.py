@@ -1141,8 +1141,6 @@ def main(o):
     start = beginning(model, o, train_data[1].mark if o.data else None)
     device = pick_device(device)
     model.to(device)
-    if "clap" in model.encoders and not o.keep_features:  # what workers use stays on the CPU
-        model.encoders["clap"].logmel_extractor.cpu()
     lighten(model, o.recompute, o.compile)
     features = {}  # of each of the lists once, though two of them may be the same
     for clips, items in (train_data, val_data, test_data):

@@ -372,7 +372,7 @@ UNKNOWN = {
     "lacks 1 token": lambda spec: spec["model"]["merges"].append(["\u0120the", "zq"]),
     "unpack": lambda spec: spec["model"]["merges"].append(["a", "b", "c"]),
     "no 'model'": lambda spec: spec.pop("model"),
-    "not a usable": put("model", "vocab", [1, 2]),
+    "no usable": put("model", "vocab", [1, 2]),
 }
 
 
