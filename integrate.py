@@ -284,11 +284,11 @@ class AudioLLM(nn.Module):
         return model.eval()
 
     def fill(self, path, saved):
-        """Take the weights of a checkpoint of this very model. ValueError if it is another's."""
+        """Take the weights out of a checkpoint of this very model. ValueError if of another."""
         if saved["mode"] != self.mode:
             raise ValueError(f"{path}: of mode {saved['mode']}, not {self.mode}")
         try:
-            unread = self.load_state_dict(saved["state"], strict=False, assign=True)
+            unread = self.load_state_dict(saved.pop("state"), strict=False, assign=True)
         except RuntimeError as e:
             raise ValueError(f"{path}: of another model ({' '.join(str(e).split())})") from None
         missing = [name for name in unread.missing_keys if not self.is_elsewhere(name)]

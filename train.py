@@ -648,7 +648,7 @@ def train(model, train_set, val_set, o, file, start):
         loader = iter(batches_of(ready, mine, o.workers))
         optimizer = optimizer_of(model, stage.rates)
         if resumed:
-            optimizer.load_state_dict(start["optimizer"])
+            optimizer.load_state_dict(start.pop("optimizer"))
             torch.set_rng_state(start["rng"])
         parameters = [p for p in model.parameters() if p.requires_grad]
         rates = " and ".join(f"{part} at {lr:g}" for part, lr in stage.rates.items())
