@@ -3,6 +3,7 @@
     python sample.py --audio out/demo/0.wav --prompt "What do you hear?"
     python sample.py --audio out/demo/0.wav            # hears it once, answers many questions
     python sample.py --llm SmolLM2-135M-Instruct       # talks to an LLM that hears nothing
+    python sample.py --audio out/demo/0.wav --prompt "What do you hear?" --listen out/listen.png
 
 Also here, because train.py and bench.py need them too: LTU-style lists of questions, and
 command-line options made from the fields of a dataclass.
@@ -16,10 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from encoders import load_audio
-from integrate import AudioLLM
-from model import LLM, load_tokenizer
+from encoders import load_audio, mel_bank, power_spectrum
+from integrate import ROUTES, AudioLLM
+from model import LLM, load_tokenizer, rotate, visibility
 
 
 # ------------------------------------------------------------------------------ command line
@@ -147,7 +149,7 @@ def read_json(path):
             raise ValueError(f"{path}: line {line_number} is not JSON ({e.msg})") from None
     items = found[0] if text.lstrip().startswith("[") else found
     if not items:
-        raise ValueError(f"{path}: empty: expected a list of questions")
+        raise ValueError(f"{path}: empty")
     return items
 
 
@@ -165,6 +167,176 @@ def tell_fit(model, seconds):
         if shorter:
             print(f"{kind} hears {window:g} s: silence is added to {shorter} of {len(seconds)} "
                   f"clips (the shortest has {min(seconds):.2f} s)", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------ what it heeds
+
+def attention(llm, read):
+    """The weights behind read(), whatever the LLM reads there with a cache: of each layer in turn
+    (B, H, T, S), and the positions (1 or B, S) of all that it has.
+
+    They are computed again, beside the model, from its own queries and keys: softmax(q k^T /
+    sqrt(d)) over every key that is not after its query. The T queries are the last of the S tokens.
+    """
+    seen = []
+
+    def look(module, given, _):
+        x, rope, _, cache, layer = given
+        positions = cache.positions[layer]
+        T, S = x.shape[1], positions.shape[1]
+        q, k = rotate(module.heads(module.q_proj(x)), rope), cache.keys[layer][:, :S]
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)  # (B, S, K, d) -> (B, S, H, d)
+        scores = torch.einsum("bthd,bshd->bhts", q, k) / module.head_dim ** 0.5
+        scores = scores + visibility(positions[:, S - T:], positions, scores.dtype)
+        seen.append((scores.softmax(dim=-1), positions))
+
+    hooks = [block.self_attn.register_forward_hook(look) for block in llm.model.layers]
+    try:
+        read()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+@torch.no_grad()
+def listen(model, features, question, answer):
+    """What had the LLM's attention as it said each token of an answer (ids) about one clip.
+
+    A token is said by the position before it, whose logits chose it. Returns {part: (layers,
+    tokens, n)}, averaged over heads: a weight for each of the n tokens of the part, which is
+    "start", an encoder, or "text" (question and answer). All parts together sum to one.
+    """
+    ids = torch.tensor([model.tokenizer.chat(question)[1] + answer[:-1]], device=model.device)
+    cache = model.hear([features])
+    seen = attention(model.llm, lambda: model.llm(ids, cache=cache))
+    sizes = [tokens.shape[1] for _, tokens, _ in model.segments([features])] + [ids.shape[1]]
+    found = seen[0][0].new_zeros(len(seen), len(answer), sum(sizes))
+    for rows, (weights, positions) in zip(found, seen):  # LAL's keys lie in the cache out of order
+        rows[:, positions[0]] = weights[0].mean(dim=0)[-len(answer):]
+    return dict(zip(("start", *model.connectors, "text"), found.cpu().split(sizes, dim=-1)))
+
+
+def on_grid(model, kind, weights, seconds):
+    """Weights (..., n) of what an encoder told of a clip -> (..., steps, bands) of its grid, a step
+    each encoder.seconds / grid[0]: those that were averaged into one token share its weight."""
+    encoder = model.encoders[kind]
+    steps, bands = encoder.steps(seconds), encoder.grid[1]
+    pooled = torch.arange(steps * bands) // model.windows[kind]  # the token each one went into
+    return (weights[..., pooled] / pooled.bincount()[pooled]).unflatten(-1, (steps, bands))
+
+
+def words(tokenizer, ids):
+    """The words that ids spell: a list of (word, which of the ids)."""
+    if not ids:
+        raise ValueError("the answer is empty: there is no word to look at")
+    text, groups = tokenizer.decode(ids), []
+    ends = [len(tokenizer.decode(ids[:i]).rstrip("\ufffd")) for i in range(len(ids) + 1)]
+    for i in range(len(ids)):
+        if not groups or text[ends[i]:ends[i + 1]][:1].isspace():
+            groups.append([])
+        groups[-1].append(i)
+    return [(text[ends[group[0]]:ends[group[-1] + 1]].strip(), group) for group in groups]
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+# The colour-blind can tell these apart (Okabe and Ito).
+COLOURS = {"start": "#777777", "whisper": "#e69f00", "sslam": "#0072b2", "clap": "#cc79a7",
+           "text": "#009e73"}
+
+
+def canvas(*args, **kwargs):
+    """matplotlib's figure and axes, and a function that writes the figure to a path."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise ValueError("a picture needs matplotlib: pip install matplotlib") from None
+    pyplot.switch_backend("agg")  # needs no screen
+    pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False,
+                            "text.parse_math": False})
+    figure, axes = pyplot.subplots(*args, layout="constrained", **kwargs)
+
+    def save(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+        print(f"wrote {path}", file=sys.stderr)
+
+    return axes, save
+
+
+def draw_listening(model, features, wave, question, answer, path):
+    """The clip's spectrogram, and below, for each word of an answer (ids), where in time and in
+    frequency each encoder's tokens had its attention, on average over heads and layers."""
+    said, seconds = words(model.tokenizer, answer), len(wave) / 16000
+    heard = listen(model, features, question, answer)
+    heights = [1.6] + [0.3 + 0.3 * len(said)] * len(model.encoders)
+    (top, *axes), save = canvas(len(heights), sharex=True, figsize=(8, 0.9 + sum(heights)),
+                                height_ratios=heights)
+    bank = mel_bank(128, 257, 16000, 20, 8000, "kaldi")  # SSLAM's: 16 rows are one of its bands
+    power = power_spectrum(F.pad(wave, (0, 512))[None], torch.hann_window(512), 160)[0]
+    mel = (power @ bank).clamp(1e-10).log10()  # (frames, 128)
+    top.imshow(mel.T, origin="lower", aspect="auto", cmap="magma", vmin=mel.max() - 5,
+               extent=(0, len(mel) / 100, 0, 128))
+    rows = [16, 48, 80, 112]
+    top.set(ylabel="kHz", yticks=rows,
+            yticklabels=[f"{bank[:, row].argmax() * 16 / 512:.1f}" for row in rows])
+    top.set_title(f"{question}  \u2192  {model.tokenizer.decode(answer).strip()}", wrap=True)
+    for ax, (kind, encoder) in zip(axes, model.encoders.items()):
+        weights = heard[kind].mean(dim=0)  # (tokens, n)
+        grids = [on_grid(model, kind, weights[which].mean(0), seconds) for _, which in said]
+        for i, grid in enumerate(grids):  # (steps, bands) each
+            end = len(grid) * encoder.seconds / encoder.grid[0]
+            ax.imshow(grid.T, origin="lower", aspect="auto", cmap="Blues", vmin=0,
+                      vmax=max(grid.max() for grid in grids), extent=(0, end, i + 0.4, i - 0.4))
+            ax.text(1.01, i, f"{grid.sum():.0%}", va="center", transform=ax.get_yaxis_transform())
+        ax.set(title=f"{kind}: where a word's attention fell, and how much of it",
+               xlim=(0, seconds), ylim=(len(said) - 0.4, -0.6), yticks=range(len(said)),
+               yticklabels=[word for word, _ in said])
+    axes[-1].set_xlabel("seconds")
+    save(path)
+
+
+def draw_masks(path):
+    """What sees what in each mode, by the rule of model.py, on a few tokens of each kind."""
+    sizes = dict(zip(COLOURS, (1, 4, 4, 2, 5)))
+    kinds = [kind for kind, n in sizes.items() for _ in range(n)]
+    places = torch.arange(len(kinds))
+    seen = visibility(places[None], places[None], torch.float32)[0, 0] == 0  # (queries, keys)
+    axes, save = canvas(1, len(ROUTES), sharey=True, figsize=(10, 3.8))
+    for ax, (mode, routes) in zip(axes, ROUTES.items()):
+        for i, query in enumerate(kinds):
+            if routes.get(query) != "lal":  # which is keys and values only
+                ax.bar(places, 0.9, 0.9, bottom=i - 0.45, color=[
+                    COLOURS[key] if see else "#eeeeee" for key, see in zip(kinds, seen[i])])
+        middles = [kinds.index(kind) + (n - 1) / 2 for kind, n in sizes.items()]
+        ax.set(title=mode.upper(), xlabel="keys", xticks=middles, yticks=middles, yticklabels=sizes,
+               ylim=(len(kinds) - 0.4, -0.6))
+        ax.set_xticklabels(sizes, rotation=45)
+    axes[0].set_ylabel("queries (white: asks nothing)")
+    save(path)
+
+
+def draw_curves(folder):
+    """Loss and accuracy of a run of train.py, from its metrics.jsonl, as FOLDER/curves.png."""
+    lines = read_json(f"{folder}/metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    checks = [line for line in lines if "validation" in line]
+    (left, right), save = canvas(1, 2, figsize=(10, 3.5))
+    for stage, colour in zip(dict.fromkeys(line["stage"] for line in steps), COLOURS.values()):
+        points = [(line["step"], line["loss"]) for line in steps if line["stage"] == stage]
+        left.plot(*zip(*points), ".", color=colour, label=f"stage {stage}")
+    left.set(xlabel="step", ylabel="loss", yscale="log")
+    left.legend()
+    right.plot([line["step"] for line in checks], [line["validation"] for line in checks], "o-",
+               color=COLOURS["sslam"], label="validation")
+    for scores in [line["scores"]["all all"] for line in lines if "scores" in line]:
+        for (name, share), style in zip(list(scores.items())[1:], ["-", "--", "-.", ":"]):
+            right.axhline(share, color=COLOURS["start"], linestyle=style, label=f"test: {name}")
+    right.set(xlabel="step", ylabel="exactly right", ylim=(0, 1))
+    right.yaxis.set_major_formatter("{x:.0%}")
+    right.legend()
+    save(f"{folder}/curves.png")
 
 
 def newest_checkpoint():
@@ -188,6 +360,9 @@ class Options:
     top_p: float = option(1.0, "sample among the likeliest tokens of this total probability",
                           low=0.001, high=1)
     seed: int = option(0, "of the sampling")
+    listen: str = option(None, "draw where the attention of the answer fell, a .png")
+    curves: str = option(None, "draw loss and accuracy of a run, given its folder, and stop")
+    masks: str = option(None, "draw what sees what in each mode, a .png, and stop")
     device: str = option("auto", "cpu, cuda, mps or auto")
 
 
@@ -209,6 +384,12 @@ def say(tokenizer, generate):
 
 
 def main(o):
+    if o.masks or o.curves:
+        return draw_masks(o.masks) if o.masks else draw_curves(o.curves)
+    if o.listen and not o.audio:
+        raise ValueError("--listen draws an answer about a sound: give --audio too")
+    if o.listen:
+        canvas()  # before anything slow, as matplotlib may be missing
     if o.llm and (o.audio or o.ckpt):
         raise ValueError("--llm talks to an LLM that hears nothing: give it without --audio and "
                          "--ckpt, or give it to train.py")
@@ -237,6 +418,8 @@ def main(o):
             eos_id=model.tokenizer.eos_id, seed=o.seed))
         if not o.audio:
             past[:] = ids + new
+        if o.listen:
+            draw_listening(model, features[0], wave, question, new, o.listen)
 
     if o.prompt is not None:
         return answer(o.prompt)

@@ -3,6 +3,7 @@
     python train.py --mode lal                                # on the listening world, minutes
     python train.py --mode plits --data train.json --val-data val.json       # on your own sounds
     python train.py --prepare                                 # make assets/base.pt anew
+    python train.py --watch out/lal/model.pt                  # does it look at what it names?
 
 The listening world stands in for the paper's data (OpenAQA, millions of clips): clips of four
 seconds, and questions whose answers are known because we put the sounds there. Nothing is stored:
@@ -21,7 +22,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial, partialmethod
-from itertools import groupby, islice, tee
+from itertools import count, groupby, islice, tee
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ from encoders import load_audio, load_encoder, make_encoder, resample, save_wav
 from integrate import (FORMAT, ROUTES, AudioLLM, from_bytes, load_checkpoint, run, save_atomically,
                        stack, to_bytes)
 from model import LLM, LLMConfig, load_tokenizer, read_tokenizer, train_tokenizer
-from sample import as_item, command_line, option, pick_device, read_json, tell_fit
+from sample import (as_item, command_line, listen, on_grid, option, pick_device, read_json,
+                    tell_fit, words)
 
 # ---------------------------------------------------------------------------------- the curriculum
 
@@ -884,6 +886,43 @@ def table(model, features, items, train_items):
     return {f"{d} {t}": dict(zip(("questions", *given), row)) for (d, t), row in rows.items()}
 
 
+def watch(o):
+    """Does a model look at what it names? How much of the attention that the last word of its
+    answer ("a siren") gives to SSLAM's tokens falls on the sound's time, and how much before and
+    after, over test clips of one sound; beside it chance, the part of the clip that each fills."""
+    model = AudioLLM.load(o.watch)
+    if "sslam" not in model.encoders:
+        raise ValueError(f"{o.watch}: has no SSLAM to look at")
+    model.to(pick_device(o.device))
+    question, steps = "What do you hear?", model.encoders["sslam"].grid[0]
+    edges = torch.arange(steps + 1) * model.encoders["sslam"].seconds / steps
+    ones = (s for s in (scene("test", i, o.seed) for i in count(0, 2)) if len(s["events"]) == 1)
+    falls, chances, right = [], [], 0
+    for s in tqdm(islice(ones, o.test_clips), total=o.test_clips, desc="clips", mininterval=1):
+        (name, begin, end), = s["events"]
+        features, = model.features([partial(clip_of_scene, s)])
+        ids = model.llm.generate(model.tokenizer.chat(question)[1], 48,
+                                 cache=model.hear([features]), eos_id=model.tokenizer.eos_id)
+        word, which = words(model.tokenizer, ids)[-1]
+        right += word == name
+        weights = listen(model, features, question, ids)["sslam"][:, which].mean(1)  # (layers, n)
+        fall = on_grid(model, "sslam", weights, SECONDS).sum(-1)  # (layers, steps)
+        # what part of each step lies before, in and after the sound (3, steps)
+        parts = torch.stack([edges.clamp(a, b).diff() for a, b in
+                             ((0, begin), (begin, end), (end, SECONDS))]) / edges[1]
+        falls.append(fall @ parts.T / fall.sum(1, keepdim=True))
+        chances.append(parts.mean(1))
+    falls, chances = torch.stack(falls), torch.stack(chances)  # (clips, layers, 3), (clips, 3)
+    rows = {"chance": chances.mean(0), "attention": falls.mean((0, 1))}
+    rows |= {f"in layer {i}": row for i, row in enumerate(falls.mean(0), 1)}
+    print(f"{len(falls)} clips, {right} sounds named right\n"
+          f"{'':<12}{'before':>9}{'on it':>9}{'after':>9}")
+    for label, row in rows.items():
+        print(f"{label:<12}" + "".join(f"{share:>9.1%}" for share in row))
+    more = (falls.mean(1) > chances)[:, 1].sum()
+    print(f"on it more than by chance in {more} of {len(falls)} clips")
+
+
 def peak_memory(device):
     """MiB: of the GPU if there is one, else of this process."""
     if device.type == "cuda":
@@ -1103,6 +1142,7 @@ class Options:
                                        " --no-keep-features, hear it each time it is asked about")
     workers: int = option(0, "processes that read and prepare data ahead", high=256)
     device: str = option("auto", "cpu, cuda, mps or auto")
+    watch: str = option(None, "say how much a checkpoint looks at the sounds it names, and stop")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
     read_steps: int = option(3000, "with --prepare: steps of the LLM's reading")
     hear_clips: int = option(3000, "with --prepare: clips the encoders learn from", low=1)
@@ -1111,8 +1151,8 @@ class Options:
 
 def main(o):
     o = replace(o, out=o.out or f"out/{o.mode}")
-    if o.prepare:
-        return prepare(o)
+    if o.prepare or o.watch:
+        return prepare(o) if o.prepare else watch(o)
     device = join_processes(o)
     if not o.data and (o.val_data or o.audio_root):
         raise ValueError("--val-data and --audio-root say more about --data, which is missing")

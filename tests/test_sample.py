@@ -16,8 +16,9 @@ import torch
 import sample
 import train
 from encoders import load_audio
-from integrate import AudioLLM
-from sample import read_items
+from integrate import ROUTES, AudioLLM, pool, run
+from model import KVCache
+from sample import attention, listen, on_grid, read_items, words
 
 ROOT = Path(__file__).parents[1]
 
@@ -305,3 +306,127 @@ def test_any_path_and_any_question(call, checkpoint, tmp_path):
     path = write_wav(tmp_path / "dïr 日本" / "ünï 🎵.wav", 0.3, 44100, 2)
     for prompt in ("日本語 🎵?", "x" * 2000, "\udcff", "a\nb\0c"):
         ask(call, checkpoint, "--audio", path, "--prompt", prompt, "--max-new-tokens", 2)
+
+
+# ----------------------------------------------------------------------------- what it listened to
+
+@pytest.fixture(params=list(ROUTES))
+def hearer(base, request):
+    """A model in float64 that has learnt next to nothing, and what it is to hear of a clip."""
+    torch.manual_seed(0)
+    model = train.load_base(base, request.param, train.WINDOWS).double().eval()
+    dice = torch.Generator().manual_seed(1)
+    return model, {kind: torch.randn(7 + 4 * i, encoder.width, generator=dice).double()
+                   for i, (kind, encoder) in enumerate(model.encoders.items())}
+
+
+@torch.no_grad()
+def test_the_weights_are_those_that_the_model_used(hearer):
+    """They sum to one over what a query sees, and times v they are what the layer made of them."""
+    model, features = hearer
+    c = model.llm.config
+    assert c.num_key_value_heads < c.num_attention_heads  # so that sharing of keys is tested
+    made = []
+    for block in model.llm.model.layers:
+        block.self_attn.register_forward_hook(lambda module, given, out: made.append((module, out)))
+    cache = KVCache(c.num_hidden_layers)
+    segments = model.segments([features])
+    read = [lambda: run(model.llm, segments, cache),
+            lambda: model.llm(torch.tensor([[5, 6, 7]]), cache=cache),
+            lambda: model.llm(torch.tensor([[8]]), cache=cache)]
+    S = 0
+    for step in read:
+        made.clear()
+        seen = attention(model.llm, step)
+        assert len(seen) == len(made) == c.num_hidden_layers
+        S = seen[0][0].shape[-1]
+        for layer, ((weights, positions), (module, out)) in enumerate(zip(seen, made)):
+            v = cache.values[layer][:, :S]
+            v = v.repeat_interleave(c.num_attention_heads // c.num_key_value_heads, dim=2)
+            y = torch.einsum("bhts,bshd->bthd", weights, v)
+            assert (module.o_proj(y.flatten(2)) - out).abs().max() < 1e-12
+            queries = positions[0, -weights.shape[2]:, None]
+            sees = positions <= queries  # (T, S)
+            assert ((weights > 0) == sees).all() and sees.any(1).all()
+            assert (weights.sum(-1) - 1).abs().max() < 1e-12
+    assert S == sum(tokens.shape[1] for _, tokens, _ in segments) + 4
+
+
+def test_a_word_is_said_by_the_position_that_chose_it(hearer):
+    """What listen() tells of an answer is what the model saw as it made it, token by token."""
+    model, features = hearer
+    question, layers = "What is it?", model.llm.config.num_hidden_layers
+    made, cache, prompt = [], model.hear([features]), model.tokenizer.chat(question)[1]
+    seen = attention(model.llm, lambda: made.extend(model.llm.generate(prompt, 5, cache=cache)))
+    parts = listen(model, features, question, made)
+    sizes = {kind: len(tokens) for kind, tokens in features.items()}
+    assert {kind: parts[kind].shape[-1] for kind in sizes} == sizes
+    assert list(parts) == ["start", *sizes, "text"]
+    told = torch.cat(list(parts.values()), dim=-1)  # (layers, tokens, n)
+    assert (told.sum(-1) - 1).abs().max() < 1e-12
+    for i, (weights, positions) in enumerate(seen):
+        row = weights[0, :, -1].mean(0)[positions[0].argsort()]
+        assert (told[i % layers, i // layers, :len(row)] - row).abs().max() < 1e-12
+        assert told[i % layers, i // layers, len(row):].eq(0).all()
+
+
+@pytest.mark.parametrize("seconds", [4.0, 1.3, 0.01])
+def test_a_tokens_weight_lands_where_the_token_was_made(checkpoint, seconds):
+    """on_grid shares a pooled token's weight among just those places whose tokens it averages."""
+    model = AudioLLM.load(checkpoint)
+    for kind, encoder in model.encoders.items():
+        steps, bands = encoder.steps(seconds), encoder.grid[1]
+        n = steps * bands
+        # token i alone holds a one at i: the pooled ones show where each of theirs came from
+        pooled = pool(torch.eye(n), model.windows[kind])
+        weights = torch.arange(1.0, len(pooled) + 1)
+        grid = on_grid(model, kind, torch.diag(weights), seconds)
+        assert grid.shape == (len(pooled), steps, bands)
+        assert torch.equal(grid.flatten(1) > 0, pooled > 0)
+        assert torch.allclose(grid.sum((1, 2)), weights)
+
+
+@pytest.mark.parametrize("text", ["a siren", "An alarm, then a bell.", "日本語 🎵🎵 ok", " \n a"])
+def test_words_are_made_of_all_the_tokens(checkpoint, text):
+    tokenizer = AudioLLM.load(checkpoint).tokenizer
+    ids = tokenizer.encode(" " + text)
+    found = words(tokenizer, ids)
+    assert [i for _, which in found for i in which] == list(range(len(ids)))
+    assert [word for word, _ in found if word] == text.split()
+    with pytest.raises(ValueError, match="empty"):
+        words(tokenizer, [])
+
+
+@pytest.mark.parametrize("options", [
+    ["--audio", "a.wav", "--listen", "a.png"], ["--masks", "a.png"], ["--curves", "out"]])
+def test_a_picture_without_matplotlib_says_what_to_install(options, refuses, monkeypatch,
+                                                           tmp_path):
+    write_wav(tmp_path / "a.wav", 0.2)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 1, "stage": "1", "loss": 1.0}\n')
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert len(refuses(["pip install matplotlib"], sample, *options)) == 1
+
+
+def test_pictures_that_cannot_be_drawn_are_one_line(refuses, tmp_path):
+    refuses(["--listen", "--audio"], sample, "--listen", "a.png", "--prompt", "x")
+    refuses(["out/none/metrics.jsonl"], sample, "--curves", "out/none")
+
+
+def test_pictures_are_drawn(call, checkpoint, tmp_path):
+    pytest.importorskip("matplotlib")
+
+    def is_picture(path):
+        return (tmp_path / path).read_bytes()[:4] == b"\x89PNG"
+
+    for name, seconds in (("a", 0.01), ("b", 5.0)):
+        write_wav(f"{name}.wav", seconds)
+        ask(call, checkpoint, "--audio", f"{name}.wav", "--prompt", "Is $^ it \udcff?",
+            "--max-new-tokens", 3, "--listen", f"new/{name}.png")
+        assert is_picture(f"new/{name}.png")
+    assert call(sample, "--masks", "masks.png")[0] == 0 and is_picture("masks.png")
+    lines = [{"step": 1, "stage": "1", "loss": 2.0}, {"step": 2, "stage": "2", "loss": 1.0},
+             {"step": 2, "stage": "2", "validation": 0.5},
+             {"scores": {"all all": {"questions": 3, "model": 0.5, "deaf": 0.1}}}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert call(sample, "--curves", ".")[0] == 0 and is_picture("curves.png")
