@@ -666,7 +666,8 @@ def test_two_processes_are_one_with_twice_the_parts(learn, sounds, base):
     assert done.stdout.count("stage 3: trains") == 1  # the first speaks for both
     two = [json.loads(line) for line in (sounds / "two" / "metrics.jsonl").read_text().splitlines()]
     one = learn(*options[4:], steps=(11, 11, 11))[2]
-    assert len(losses(one)) == 6 and close(one, two)
+    # equal to rounding, which training then magnifies
+    assert len(losses(one)) == 6 and close(one[:4], two[:4]) and close(one, two, 1e-3)
     assert {p.name for p in (sounds / "two").iterdir()} == {
         "metrics.jsonl", "model.pt", "stage1.pt", "stage2.pt", "stage3.pt"}
 
@@ -691,7 +692,7 @@ def test_computing_again_saves_memory_and_changes_nothing(learn, sounds):
     assert losses(learn()[2]) == losses(learn("--recompute")[2])
     model = audio_llm("lal")
     held = []
-    x = torch.randn(1, 50, model.llm.config.hidden_size, requires_grad=True)
+    x = torch.randn(1, 50, model.llm.config.hidden_size, dtype=torch.float64, requires_grad=True)
     for again in (False, True):
         train.lighten(model, again, False)
         kept = []
