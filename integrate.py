@@ -8,45 +8,84 @@ read something keeps only its keys and values, so a model can hear by having its
   n that layer's own input norm. No audio queries, no feed-forward, no work between layers.
 - PAL does both: the speech encoder's tokens the PLITS way, the general encoders' the LAL way.
 
+Between PLITS and LAL lie attn and ffn: audio that runs only that half of each layer. Flamingo's way
+stands beside them: gated layers of its own.
+
 Positions follow one layout in every mode: beginning of text, whisper, sslam, clap, then the
 question and its answer. Try:  python train.py --mode lal
 """
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from encoders import ENCODERS, load_encoder
-from model import LLM, KVCache, LLMConfig, end, place, read_tokenizer, rotary, rotate
+from encoders import ENCODERS, MLP, load_encoder
+from model import (FAR, LLM, KVCache, LLMConfig, end, place, read_tokenizer, rotary, rotate,
+                   visibility)
 
 # A mode is nothing but the route of each encoder, in the order of their tokens.
 ROUTES = {
     "plits": {"whisper": "plits", "sslam": "plits", "clap": "plits"},
     "lal": {"whisper": "lal", "sslam": "lal", "clap": "lal"},
     "pal": {"whisper": "plits", "sslam": "lal", "clap": "lal"},
+    "attn": {"whisper": "attn", "sslam": "attn", "clap": "attn"},
+    "ffn": {"whisper": "ffn", "sslam": "ffn", "clap": "ffn"},
 }
+MODES = (*ROUTES, "flamingo")
+
+# What audio tokens do in each layer beside leaving keys and values there: attend, feed forward.
+WORK = {"plits": (True, True), "attn": (True, False), "ffn": (False, True), "lal": (False, False)}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The choices beside the mode, kept in the checkpoint. train.py has an option for each."""
+    connector: str = "auto"    # mlp, qformer, lfst; auto is lfst for sslam with clap, else mlp
+    connector_layers: int = 3  # of a Q-Former or LFST
+    queries: int = 32          # of a Q-Former
+    grid_steps: int = 32       # of LFST
+    grid_bands: int = 2
+    lal_layers: str = "all"    # where LAL writes, see pick_layers
+    audio_rope: str = "on"     # off: LAL's keys have no positions
+    flamingo_every: int = 1    # one gated layer for so many of the LLM's
+
+
+def pick_layers(text, count):
+    """The layers, of so many, that "4:", "::2" or "0,4,8" names; None for "all"."""
+    try:
+        numbers = [int(n) if n else None for n in text.split(":" if ":" in text else ",")]
+        layers = range(count)[slice(*numbers)] if ":" in text else numbers
+        if layers and set(layers) <= set(range(count)):
+            return sorted(set(layers))
+    except (ValueError, TypeError):
+        if text == "all":
+            return None
+    raise ValueError(f"lal-layers {text}: expected all, or of 0 to {count - 1}: 2: or ::2 or 0,1")
 
 
 # --------------------------------------------------------------------------------- hearing
 
-def hear(llm, audio, how, cache=None, layers=None, positions=None):
+def hear(llm, audio, how, cache=None, layers=None, positions=None, rope=True):
     """Write audio tokens (B, N, D), already in the LLM's width, into the LLM's KV cache.
 
-    how: plits (run them through every layer) or lal (write keys and values directly).
+    how: plits (run them through every layer) or lal (write keys and values directly), or between
+    the two attn (run attention, no feed-forward) or ffn (feed-forward, no attention).
     cache: what came before (None: nothing). layers: with lal, the layers to write (None: all).
     positions (1 or B, N): None means in order, after what the cache holds; FAR marks padding.
-    Returns the cache. Paper, section 3.
+    rope: False leaves the keys as if all were at position 0. Returns the cache. Paper, section 3.
     """
+    assert how in WORK, f"how is {how!r}: plits or lal, or between them attn or ffn"
+    assert layers is None or how == "lal", f"{how} runs through every layer: only lal can choose"
+    attend, feed_forward = WORK[how]
     cache = cache or KVCache(llm.config.num_hidden_layers)
-    if how == "plits":
-        assert layers is None, "plits runs through every layer: only lal can choose"
+    if attend and feed_forward:
         llm.model(audio, positions, cache)
         return cache
-    assert how == "lal", f"how is {how!r}: plits or lal"
     in_order = positions is None
     if in_order:
         positions, cache.next = place(cache.next, audio.shape[1])
@@ -55,26 +94,36 @@ def hear(llm, audio, how, cache=None, layers=None, positions=None):
     positions = positions.to(audio.device)
     layers = range(llm.config.num_hidden_layers) if layers is None else layers
     cache.extend(positions, layers)
-    rope = rotary(positions, llm.config, audio.dtype)
-    # The same tokens go to every layer, so their RMS is the same at every layer and only the
-    # norm's gain differs: normalise once, fold each gain into its W_K and W_V.
-    unit = F.rms_norm(audio, audio.shape[-1:], eps=llm.config.rms_norm_eps)  # (B, N, D)
+    angles = rotary(positions if rope else 0 * positions, llm.config, audio.dtype)
+    mask = visibility(positions, cache.positions[0], audio.dtype) if attend else None
+
+    x = audio  # (B, N, D)
     for i in layers:
-        gain, attention = llm.model.layers[i].input_layernorm.weight, llm.model.layers[i].self_attn
-        k, v = (attention.heads(F.linear(unit, proj.weight * gain, proj.bias))  # (B, N, K, d)
-                for proj in (attention.k_proj, attention.v_proj))
-        cache.append(i, rotate(k, rope), v)
+        block, attention = llm.model.layers[i], llm.model.layers[i].self_attn
+        if attend:
+            x = x + attention(block.input_layernorm(x), angles, mask, cache, i)
+        else:
+            # Under LAL the same tokens go to every layer, so their RMS is the same at every layer
+            # and only the norm's gain differs: normalise once, fold each gain into W_K and W_V.
+            if i == layers[0] or feed_forward:
+                unit = F.rms_norm(x, x.shape[-1:], eps=llm.config.rms_norm_eps)
+            gain = block.input_layernorm.weight
+            k, v = (attention.heads(F.linear(unit, proj.weight * gain, proj.bias))  # (B, N, K, d)
+                    for proj in (attention.k_proj, attention.v_proj))
+            cache.append(i, rotate(k, angles), v)
+        if feed_forward:
+            x = x + block.mlp(block.post_attention_layernorm(x))
     return cache
 
 
-def run(llm, segments, cache=None, layers=None):
-    """Lay segments out in order and run what has to run, as one sequence.
+def run(llm, segments, cache=None, layers=None, rope=True):
+    """Lay segments out in order and run what has to run, as one sequence unless they say otherwise.
 
-    segments: (how, tokens (B or 1, N, D), lengths (B,) or None) each, in order of position. how is
-    plits (text comes this way too) or lal. Rows shorter than N say so in lengths: the rest is
-    padding.
+    segments: (how, tokens (B or 1, N, D), lengths (B,) or None) each, in order of position. how as
+    in `hear`; text is plits. Rows shorter than N say so in lengths: the rest is padding.
     cache: where to write; without one, and with nothing to write, the sequence is plain causal.
-    Returns the hidden states (B, n, D) of all that ran, in order.
+    layers, rope: of what goes the LAL way. Returns the hidden states (B, n, D) of all plits, in
+    order.
     """
     B = max(tokens.shape[0] for _, tokens, _ in segments)
     plain = all(lengths is None for _, _, lengths in segments)
@@ -82,22 +131,30 @@ def run(llm, segments, cache=None, layers=None):
         cache = KVCache(llm.config.num_hidden_layers)
     start = cache.next if cache else 0
     plain = plain and (cache is None or cache.plain)
-    sequence, where = [], []
+    sequence, where, hidden = [], [], []
+
+    def run_sequence():
+        rows = max(p.shape[0] for p in where)
+        positions = torch.cat([p.expand(rows, -1) for p in where], dim=1)
+        hidden.append(llm.model(torch.cat(sequence, dim=1), positions, cache))
+
     for how, tokens, lengths in segments:
         positions, start = place(start, tokens.shape[1], lengths)
-        if how == "lal":  # goes into the cache at its own place in the layout, before anything runs
-            hear(llm, tokens, "lal", cache, layers, positions)
-        else:
+        if how == "plits":
             sequence.append(tokens.expand(B, -1, -1))
             where.append(positions.to(tokens.device))
-    hidden = torch.cat(sequence, dim=1) if sequence else None
+            continue
+        if how == "attn" and sequence:  # what it attends to has to run first
+            run_sequence()
+            sequence, where = [], []
+        # goes into the cache at its own place in the layout, before what is still to run
+        hear(llm, tokens, how, cache, layers if how == "lal" else None, positions, rope)
     if len(sequence) == len(segments) and plain:
-        return llm.model(hidden, None, cache)
+        return llm.model(torch.cat(sequence, dim=1), None, cache)
     if sequence:
-        rows = max(p.shape[0] for p in where)
-        hidden = llm.model(hidden, torch.cat([p.expand(rows, -1) for p in where], dim=1), cache)
+        run_sequence()
     cache.next, cache.plain = start, plain
-    return hidden
+    return torch.cat(hidden, dim=1) if hidden else None
 
 
 def pal(llm, ids, prefix, side, before=None, layers=None):
@@ -129,38 +186,175 @@ def pool(tokens, window):
     return F.avg_pool1d(tokens.T[None].float(), window, ceil_mode=True)[0].T.to(tokens.dtype)
 
 
+def two_layers(width, out):
+    return nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
+
+
 class MLPConnector(nn.Module):
-    """Linear, GELU, Linear from an encoder's width to the LLM's, after average pooling."""
+    """Linear, GELU, Linear from an encoder's width to the LLM's, after average pooling.
 
-    def __init__(self, width, llm_width):
+    A connector takes lists of features (B, N, De) and their lengths (B,) or None, one for each of
+    its encoders, and gives tokens (B, N', D) and their lengths.
+    """
+
+    def __init__(self, encoders, llm_width, arm):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width))
+        self.net = two_layers(encoders[0].width, llm_width)
 
-    def forward(self, x):
-        return self.net(x)  # (B, N, De) -> (B, N, D)
+    def forward(self, features, lengths):
+        return self.net(features[0]), lengths[0]  # (B, N, De) -> (B, N, D)
+
+
+class Cross(nn.Module):
+    """A layer that listens: x + a W_o softmax(q k^T / sqrt(d)) v, then x + b MLP(LN x).
+
+    q is of LN x (B, L, W); k and v are of several sources, each with its own weights, in one
+    softmax. a and b are 1, or if gated tanh of what is learnt from 0 on (Flamingo).
+    """
+
+    def __init__(self, width, sources, heads, gated=False):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.out, self.mlp = nn.Linear(width, width), nn.Linear(width, width), MLP(width)
+        self.kv = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(sources))
+        self.gates = nn.Parameter(torch.zeros(2)) if gated else None
+
+    def remember(self, sources):
+        """k and v, each (B, S, H, d), of all sources (B, N, W), one after another."""
+        kv = torch.cat([proj(source) for proj, source in zip(self.kv, sources)], dim=1)
+        return kv.unflatten(2, (2, self.heads, -1)).unbind(2)
+
+    def forward(self, x, k, v, mask):
+        q = self.q(self.norm1(x)).unflatten(2, (self.heads, -1))  # (B, L, H, d)
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), mask)
+        a, b = (1, 1) if self.gates is None else self.gates.tanh()
+        x = x + a * self.out(y.transpose(1, 2).flatten(2))
+        return x + b * self.mlp(self.norm2(x))  # (B, L, W)
+
+
+class QFormer(nn.Module):
+    """Learned queries listen to an encoder, layer by layer, and become the tokens. It is BLIP-2's
+    without self-attention among the queries."""
+
+    def __init__(self, encoders, llm_width, arm):
+        super().__init__()
+        width = max(encoder.width for encoder in encoders)
+        self.queries = nn.Parameter(torch.randn(arm.queries, width) / math.sqrt(width))
+        self.enter = nn.ModuleList(
+            nn.Sequential(*two_layers(e.width, width), nn.LayerNorm(width)) for e in encoders)
+        self.layers = nn.ModuleList(
+            Cross(width, len(encoders), max(1, width // 64)) for _ in range(arm.connector_layers))
+        self.out = two_layers(width, llm_width)
+
+    def listen(self, queries, features, mask):
+        sources = [enter(x) for enter, x in zip(self.enter, features)]  # (B, N, W) each
+        x = queries.expand(len(mask), -1, -1)  # (B, L, W)
+        for layer in self.layers:
+            x = layer(x, *layer.remember(sources), mask)
+        return self.out(x)  # (B, L, D)
+
+    def forward(self, features, lengths):
+        mask = there(features[0], lengths[0])[:, None, None]  # (B, 1, 1, N)
+        return self.listen(self.queries, features, mask), None
+
+
+class LFST(QFormer):
+    """One latent token at each place of a time-frequency grid listens to what the encoders say of
+    that place alone; after the projector a newline token closes each time step.
+
+    Paper, figure 3, after Cambrian-1. The grid is as long as the longest encoder's window; of a
+    shorter clip there are the time steps that begin before its features end.
+    """
+
+    def __init__(self, encoders, llm_width, arm):
+        super().__init__(encoders, llm_width, replace(arm, queries=1))
+        self.shape = arm.grid_steps, arm.grid_bands
+        longest = max(e.seconds for e in encoders)
+        self.spans = [(*e.grid, e.seconds / longest) for e in encoders]
+        self.newline = nn.Parameter(torch.randn(llm_width) / math.sqrt(llm_width))
+
+    def forward(self, features, lengths):
+        (T, bands), masks, ends = self.shape, [], []
+        for x, n, (steps, own, share) in zip(features, lengths, self.spans):
+            heard = there(x, n).unflatten(1, (-1, own))[..., 0]  # (B, steps up to the longest's)
+            time = near(T, steps, share, heard)
+            band = near(bands, own, 1, heard.new_ones(1, own))
+            mask = time[:, :, None, :, None] & band[:, None, :, None]  # (B, T, bands, steps, own)
+            masks.append(mask.flatten(3).flatten(1, 2))
+            ends.append((T * heard.sum(1) / steps * share).ceil())  # (B,)
+        latents, mask = self.queries.expand(T * bands, -1), torch.cat(masks, dim=2)[:, None]
+        x = self.listen(latents, features, mask).unflatten(1, (T, bands))  # (B, T, bands, D)
+        x = torch.cat([x, self.newline.expand(len(x), T, 1, -1)], dim=2)
+        kept = torch.stack(ends).amax(0).long()  # (B,) time steps
+        x = x[:, :kept.max()].flatten(1, 2)  # (B, (bands + 1) kept, D)
+        return x, (bands + 1) * kept if (kept < kept.max()).any() else None
+
+
+def there(x, lengths):
+    """(B, N) bool: which of x (B, N, D) is no padding."""
+    return (place(0, x.shape[1], lengths)[0] < FAR).to(x.device).expand(len(x), -1)
+
+
+def near(places, count, share, heard):
+    """(B, places, n) bool: the places are equal parts of 0..1, and which of the centres of `count`
+    equal parts of 0..share, if heard (B, n), lie in each; where none does, the nearest."""
+    centres = (torch.arange(heard.shape[1], dtype=torch.float64) + 0.5) / count * share
+    edges = torch.arange(places + 1, dtype=torch.float64)[:, None] / places
+    inside = (edges[:-1] <= centres) & (centres < edges[1:])
+    far = ((edges[:-1] + edges[1:]) / 2 - centres).abs().to(heard.device)
+    nearest = far.where(heard[:, None], torch.inf).argmin(-1)
+    inside = inside.to(heard.device) & heard[:, None]
+    return inside.where(inside.any(-1, keepdim=True), F.one_hot(nearest, len(centres)).bool())
 
 
 # ----------------------------------------------------------------------------- the whole thing
 
 class AudioLLM(nn.Module):
-    """Frozen encoders, a connector each, the LLM, and a route for each encoder.
+    """Frozen encoders, their connectors, the LLM, and a route for each encoder.
 
-    encoders: {kind: module from encoders.py}. mode: a key of ROUTES.
-    windows: {kind: how many encoder tokens are averaged into one}.
+    encoders: {kind: module from encoders.py}. mode: one of MODES. arm: the finer choices.
+    windows: {kind: how many encoder tokens are averaged into one}; LFST takes them one by one.
     """
 
-    def __init__(self, llm, tokenizer, encoders, mode, windows):
+    def __init__(self, llm, tokenizer, encoders, mode, windows, arm=Arm()):
         super().__init__()
-        if mode not in ROUTES:
-            raise ValueError(f"unknown mode {mode!r}: choose from {', '.join(ROUTES)}")
-        self.llm, self.tokenizer, self.mode, self.windows = llm, tokenizer, mode, dict(windows)
-        order = [kind for kind in ROUTES[mode] if kind in encoders]
-        self.encoders = nn.ModuleDict({kind: encoders[kind] for kind in order})
-        self.connectors = nn.ModuleDict(
-            {kind: MLPConnector(encoders[kind].width, llm.config.hidden_size) for kind in order})
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
+        self.llm, self.tokenizer, self.mode, self.arm = llm, tokenizer, mode, arm
+        self.encoders = nn.ModuleDict({k: encoders[k] for k in ENCODERS if k in encoders})
+        general = [kind for kind in self.encoders if kind != "whisper"]
+        if arm.connector == "lfst" and not general:
+            raise ValueError("connector lfst: needs sslam or clap, and there is neither")
+        if not (arm.connector == "lfst" or arm.connector == "auto" and len(general) == 2):
+            general = []  # each has its own connector; else LFST joins them
+        self.windows = dict(windows) | dict.fromkeys(general, 1)
+        self.joins = {kind: [kind] for kind in self.encoders if kind not in general}
+        self.joins |= {"lfst": general} if general else {}
+        self.connectors = nn.ModuleDict()
+        for name, kinds in self.joins.items():
+            kind = QFormer if arm.connector == "qformer" else MLPConnector
+            self.connectors[name] = (LFST if name == "lfst" else kind)(
+                [encoders[k] for k in kinds], llm.config.hidden_size, arm)
+        self.routes = ROUTES.get(mode, dict.fromkeys(ENCODERS, mode))
+        self.layers = pick_layers(arm.lal_layers, llm.config.num_hidden_layers)
+        if (self.layers or arm.audio_rope == "off") and "lal" not in map(self.routes.get, encoders):
+            raise ValueError(f"lal-layers, audio-rope: in mode {mode} nothing here goes LAL's way")
+        self.cache_layers = llm.config.num_hidden_layers
+        if mode == "flamingo":
+            self.add_flamingo(llm.config)
         self.encoders.requires_grad_(False)
         self.train(self.training)
+
+    def add_flamingo(self, c):
+        """Gated layers before the LLM's. What they hear lies in the KV cache, as of layers beyond
+        the LLM's last: heard once, asked many times."""
+        self.connectors["flamingo"] = nn.ModuleList()
+        for i in range(0, c.num_hidden_layers, self.arm.flamingo_every):
+            cross = Cross(c.hidden_size, 1, c.num_attention_heads, gated=True)
+            self.connectors["flamingo"].append(cross)
+            self.llm.model.layers[i].register_forward_pre_hook(
+                partial(listen_first, cross, self.cache_layers))
+            self.cache_layers += 1
 
     def train(self, mode=True):
         super().train(mode)
@@ -211,22 +405,34 @@ class AudioLLM(nn.Module):
         without any, [{}], this is the LLM alone."""
         before = torch.tensor([self.tokenizer.chat("")[0]], device=self.device)
         out = [("plits", self.llm.embed(before), None)]
-        for kind, connector in self.connectors.items() if any(features) else ():
-            tokens, lengths = stack([f[kind] for f in features])
-            lengths = None if lengths is None else lengths.to(self.device)
-            out.append((ROUTES[self.mode][kind], connector(tokens.to(self.device)), lengths))
+        for name, kinds in self.joins.items() if any(features) else ():
+            stacks = [stack([f[kind] for f in features], self.device) for kind in kinds]
+            out.append((self.routes[kinds[0]], *self.connectors[name](*zip(*stacks))))
         return out
+
+    def read(self, features, text=(), cache=None):
+        """`run` what a batch of clips and the text after them come to."""
+        before, *audio = self.segments(features)
+        if self.mode == "flamingo" and audio:  # it takes no place in the layout
+            cache = cache or KVCache(self.cache_layers)
+            layers = range(self.llm.config.num_hidden_layers, self.cache_layers)
+            cache.extend(torch.cat([there(x, n) for _, x, n in audio], dim=1), layers)
+            for i, cross in zip(layers, self.connectors["flamingo"]):
+                cache.append(i, *cross.remember([torch.cat([x for _, x, _ in audio], dim=1)]))
+            audio = []
+        rope = self.arm.audio_rope == "on"
+        return run(self.llm, [before, *audio, *text], cache, self.layers, rope)
 
     def forward(self, features, ids):
         """Hidden states (B, T, D) of text ids (B, T), padded at the end, after a batch of clips."""
         text = ("plits", self.llm.embed(ids), None)
-        return run(self.llm, self.segments(features) + [text])[:, -ids.shape[1]:]
+        return self.read(features, [text])[:, -ids.shape[1]:]
 
     @torch.no_grad()
     def hear(self, features):
         """Hear a batch of clips once; ask about them many times. Returns a KVCache."""
-        cache = KVCache(self.llm.config.num_hidden_layers)
-        run(self.llm, self.segments(features), cache)
+        cache = KVCache(self.cache_layers)
+        self.read(features, cache=cache)
         return cache
 
     def ask(self, cache, questions, rows=None, max_new_tokens=48, **sampling):
@@ -246,7 +452,7 @@ class AudioLLM(nn.Module):
         """
         state = {name: t for name, t in self.state_dict().items() if not self.is_elsewhere(name)}
         save_atomically(path, {
-            "format": FORMAT, "mode": self.mode, "windows": self.windows,
+            "format": FORMAT, "mode": self.mode, "arm": asdict(self.arm), "windows": self.windows,
             "llm": asdict(self.llm.config), "tokenizer": to_bytes(self.tokenizer.proto),
             "encoders": {kind: asdict(e.config) for kind, e in self.encoders.items()},
             "sources": {kind: e.source for kind, e in self.encoders.items()},
@@ -279,14 +485,17 @@ class AudioLLM(nn.Module):
         tokenizer = read_tokenizer(from_bytes(saved["tokenizer"]))
         with torch.device("meta"):  # no memory for weights that are about to be replaced
             llm = LLM(LLMConfig(**saved["llm"]))
-        model = cls(llm, tokenizer, encoders, saved["mode"], saved["windows"])
+        arm = Arm(**saved.get("arm", {}))
+        model = cls(llm, tokenizer, encoders, saved["mode"], saved["windows"], arm)
         model.fill(path, saved)
         return model.eval()
 
     def fill(self, path, saved):
         """Take the weights out of a checkpoint of this very model. ValueError if of another."""
-        if saved["mode"] != self.mode:
-            raise ValueError(f"{path}: of mode {saved['mode']}, not {self.mode}")
+        arm = Arm(**saved.get("arm", {}))
+        if (saved["mode"], arm) != (self.mode, self.arm):
+            raise ValueError(f"{path}: of mode {saved['mode']} and {arm}, not {self.mode} and "
+                             f"{self.arm}")
         try:
             unread = self.load_state_dict(saved.pop("state"), strict=False, assign=True)
         except RuntimeError as e:
@@ -297,14 +506,25 @@ class AudioLLM(nn.Module):
                              f"{unread.unexpected_keys}")
 
 
+def listen_first(cross, layer, block, args):
+    """Flamingo's hook: what a block of the LLM reads has listened, if there is audio."""
+    x, _, _, cache, _ = args
+    if cache is None or layer >= len(cache.positions) or cache.positions[layer] is None:
+        return args
+    heard = cache.positions[layer]  # (B, S): whether it is more than padding
+    k, v = (store[layer][:, :heard.shape[1]] for store in (cache.keys, cache.values))
+    return cross(x, k, v, heard[:, None, None]), *args[1:]
+
+
 FORMAT = "audio-llm 1"
 
 
-def stack(rows):
+def stack(rows, device=None):
     """Rows (n_i, D) as one (B, N, D), padded with zeros, and their lengths (B,), None if equal."""
-    lengths = torch.tensor([len(r) for r in rows])
-    same = bool((lengths == lengths[0]).all())
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True), None if same else lengths
+    lengths = torch.tensor([len(r) for r in rows], device=device)
+    same = len({len(r) for r in rows}) == 1
+    whole = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    return whole, None if same else lengths
 
 
 def to_bytes(data):

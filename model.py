@@ -505,7 +505,8 @@ class Decoder(nn.Module):
 
     def forward(self, x, positions=None, cache=None):
         """x (B, T, D) -> (B, T, D). See LLM.forward for positions and cache."""
-        first = cache is None or all(p is None for p in cache.positions)
+        own = range(len(self.layers))  # a cache may have more layers, for others to use
+        first = cache is None or all(cache.positions[i] is None for i in own)
         in_order = positions is None
         if in_order:
             positions, after = place(0 if cache is None else cache.next, x.shape[1])
@@ -513,7 +514,7 @@ class Decoder(nn.Module):
             after = end(positions)
         positions = positions.to(x.device)
         if cache is not None:
-            cache.extend(positions)
+            cache.extend(positions, own)
             cache.plain = cache.plain and in_order
             cache.next = after
         # plain causal, or one more token after everything else, which sees all: without a mask

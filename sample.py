@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from encoders import load_audio, mel_bank, power_spectrum
-from integrate import ROUTES, AudioLLM
+from integrate import ROUTES, AudioLLM, MLPConnector
 from model import LLM, load_tokenizer, rotate, visibility
 
 
@@ -207,6 +207,9 @@ def listen(model, features, question, answer):
     tokens, n)}, averaged over heads: a weight for each of the n tokens of the part, which is
     "start", an encoder, or "text" (question and answer). All parts together sum to one.
     """
+    if not all(isinstance(connector, MLPConnector) for connector in model.connectors.values()):
+        raise ValueError("only with the connector mlp, and not in mode flamingo, is each token that "
+                         "the LLM attends to of one encoder and one time")
     ids = torch.tensor([model.tokenizer.chat(question)[1] + answer[:-1]], device=model.device)
     cache = model.hear([features])
     seen = attention(model.llm, lambda: model.llm(ids, cache=cache))
@@ -303,10 +306,10 @@ def draw_masks(path):
     kinds = [kind for kind, n in sizes.items() for _ in range(n)]
     places = torch.arange(len(kinds))
     seen = visibility(places[None], places[None], torch.float32)[0, 0] == 0  # (queries, keys)
-    axes, save = canvas(1, len(ROUTES), sharey=True, figsize=(10, 3.8))
-    for ax, (mode, routes) in zip(axes, ROUTES.items()):
+    axes, save = canvas(1, 3, sharey=True, figsize=(10, 3.8))
+    for ax, mode in zip(axes, ("plits", "lal", "pal")):
         for i, query in enumerate(kinds):
-            if routes.get(query) != "lal":  # which is keys and values only
+            if ROUTES[mode].get(query) != "lal":  # which is keys and values only
                 ax.bar(places, 0.9, 0.9, bottom=i - 0.45, color=[
                     COLOURS[key] if see else "#eeeeee" for key, see in zip(kinds, seen[i])])
         middles = [kinds.index(kind) + (n - 1) / 2 for kind, n in sizes.items()]

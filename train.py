@@ -20,7 +20,7 @@ import zlib
 from array import array
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, partialmethod
 from itertools import count, groupby, islice, tee
 from pathlib import Path
@@ -36,15 +36,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from encoders import load_audio, load_encoder, make_encoder, resample, save_wav
-from integrate import (FORMAT, ROUTES, AudioLLM, from_bytes, load_checkpoint, run, save_atomically,
-                       stack, to_bytes)
+from integrate import (FORMAT, MODES, Arm, AudioLLM, from_bytes, load_checkpoint, run,
+                       save_atomically, stack, to_bytes)
 from model import LLM, LLMConfig, load_tokenizer, read_tokenizer, train_tokenizer
 from sample import (as_item, command_line, listen, on_grid, option, pick_device, read_json,
                     tell_fit, words)
 
 # ---------------------------------------------------------------------------------- the curriculum
 
-LEARNING_RATES = {"plits": 1e-3, "lal": 1e-3, "pal": 1e-3}  # from a sweep, see the README
+LEARNING_RATES = dict.fromkeys(MODES, 1e-3)    # from a sweep, see the README
 REAL_LLM_RATE = 1e-4                           # LTU's, for an LLM that has much to forget
 
 
@@ -61,6 +61,8 @@ def curriculum(o):
     lr = o.lr or (REAL_LLM_RATE if o.llm else LEARNING_RATES[o.mode])
     new = o.connector_lr  # the connectors are new, the LLM knows something
     both = {"connectors": new or 3 * lr, "llm": lr}
+    if o.freeze == "llm":
+        del both["llm"]
     stages = (Stage("1", {"connectors": new or 3e-3}, ("classification",), o.steps1),
               Stage("2", both, ("classification", "reasoning", "checklist"), o.steps2),
               Stage("3", both, None, o.steps3))
@@ -593,15 +595,38 @@ def schedule(step, steps):
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def optimizer_of(model, rates):
-    """AdamW for the parts in `rates` (part: peak learning rate); all other parts stay frozen."""
-    model.requires_grad_(False)
-    groups = []
-    for part, lr in rates.items():
-        getattr(model, part).requires_grad_(True)
-        groups.append({"params": list(getattr(model, part).parameters()), "lr": lr, "peak": lr})
+def optimizer_of(model, rates, freeze="none"):
+    """AdamW for the parts in `rates` (part: peak learning rate); all other parts stay frozen, and
+    with freeze "ffn" the LLM's feed-forward weights too."""
+    groups = {part: [] for part in rates}
+    for name, p in model.named_parameters():
+        part = name.split(".")[0]
+        kept = freeze == "ffn" and part == "llm" and ".mlp." in name
+        p.requires_grad_(part in rates and not kept)
+        if p.requires_grad:
+            groups[part].append(p)
+    groups = [{"params": groups[part], "lr": lr, "peak": lr} for part, lr in rates.items()]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05,
                              fused=model.device.type == "cuda" or None)
+
+
+def tell_parts(model, stages, freeze):
+    """Say aloud how many parameters each part has and in which stages it is trained."""
+    parts = {}
+    for name, p in model.named_parameters():
+        part = ".".join(name.split(".")[:2])
+        if name.startswith("llm."):
+            part = "llm feed-forward" if ".mlp." in name else "llm but for that"
+        parts.setdefault(part, []).append(p)
+    learns = {part: [] for part in parts}
+    for stage in stages:
+        optimizer_of(model, stage.rates, freeze)
+        for part, parameters in parts.items():
+            learns[part] += [stage.name] * parameters[0].requires_grad
+    for part, parameters in parts.items():
+        count, names = sum(p.numel() for p in parameters), ", ".join(learns[part])
+        print(f"{part:<20}{count:>14,} parameters, "
+              + (f"trained in stage {names}" if names else "frozen"))
 
 
 def lessons(stage, items):
@@ -648,7 +673,7 @@ def train(model, train_set, val_set, o, file, start):
                 for batch in ahead for part in parts_of(batch, o.micro))
         ready = Ready(items, model.tokenizer, None if features else model.fronts)
         loader = iter(batches_of(ready, mine, o.workers))
-        optimizer = optimizer_of(model, stage.rates)
+        optimizer = optimizer_of(model, stage.rates, o.freeze)
         if resumed:
             optimizer.load_state_dict(start.pop("optimizer"))
             torch.set_rng_state(start["rng"])
@@ -1077,11 +1102,11 @@ def prepare(o):
 BASE = "prepared parts 1"
 
 
-def load_base(path, mode, windows, sources=None, folder=None):
+def load_base(path, mode, windows, sources=None, folder=None, arm=Arm()):
     """An AudioLLM of the prepared parts, with new connectors.
 
     sources: {kind: path} of real encoders, which then take the place of all miniatures.
-    folder: of a real LLM, which takes the place of the small one.
+    folder: of a real LLM, which takes the place of the small one. arm: see AudioLLM.
     """
     saved = load_checkpoint(path, BASE)
     try:
@@ -1096,14 +1121,29 @@ def load_base(path, mode, windows, sources=None, folder=None):
     if folder:
         llm, tokenizer = LLM.from_pretrained(folder), load_tokenizer(folder)
     real = {kind: load_encoder(kind, source) for kind, source in (sources or {}).items() if source}
-    return AudioLLM(llm, tokenizer, real or encoders, mode, windows)
+    return AudioLLM(llm, tokenizer, real or encoders, mode, windows, arm)
 
 
 # --------------------------------------------------------------------------------------- main
 
 @dataclass(frozen=True)
 class Options:
-    mode: str = option("lal", "how the audio enters the LLM", choices=list(ROUTES))
+    mode: str = option("lal", "how the audio enters the LLM", choices=MODES)
+    connector: str = option(Arm.connector, "of sslam and clap together lfst, else mlp; or one of "
+                            "them, or qformer", choices=("auto", "mlp", "qformer", "lfst"))
+    connector_layers: int = option(Arm.connector_layers, "of a qformer or lfst", low=1, high=99)
+    queries: int = option(Arm.queries, "of a qformer: the tokens of each encoder", low=1, high=9999)
+    grid_steps: int = option(Arm.grid_steps, "time steps that lfst makes of a window of sound",
+                             low=1, high=9999)
+    grid_bands: int = option(Arm.grid_bands, "bands of frequency in each of them", low=1, high=128)
+    lal_layers: str = option(Arm.lal_layers, "the LLM's layers that hear, under lal and pal: all, "
+                                             "2: or ::2 or 0,1")
+    audio_rope: str = option(Arm.audio_rope, "off: under lal and pal audio keys tell no positions",
+                             choices=("on", "off"))
+    flamingo_every: int = option(Arm.flamingo_every, "flamingo: a layer that listens before every "
+                                                     "so many of the LLM's", low=1, high=9999)
+    freeze: str = option("none", "what of the LLM is never trained: none, ffn (its feed-forward "
+                                 "weights) or llm (all of it)", choices=("none", "ffn", "llm"))
     data: str = option(None, "your own questions, a JSON list or JSONL; else the listening world")
     val_data: str = option(None, "questions to score on, with --data")
     audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
@@ -1160,7 +1200,8 @@ def main(o):
         raise ValueError("--no-keep-features is for --data, and needs --val-data besides")
     torch.manual_seed(o.seed)
     sources = {kind: getattr(o, kind) for kind in WINDOWS}
-    model = load_base(o.base, o.mode, WINDOWS, sources, o.llm)
+    arm = Arm(**{f.name: getattr(o, f.name) for f in fields(Arm)})
+    model = load_base(o.base, o.mode, WINDOWS, sources, o.llm, arm)
     if o.data:
         items = Questions(o.data, o.audio_root, o.skip_bad)
         train_data = val_data = test_data = items.clips() if o.keep_features else {}, items
@@ -1195,6 +1236,8 @@ def main(o):
     if dist.is_initialized() and dist.get_rank():
         metrics = os.devnull  # only the first process writes
     with open(metrics, "a" if start["step"] else "w") as file:
+        tell_parts(model, [s for s in curriculum(o) if o.stage in ("all", s.name)
+                           and len(lessons(s, sets[0][1])[0])], o.freeze)
         seconds = train(model, sets[0], sets[1], o, file, start)
         scores = table(model, *sets[2], sets[0][1])
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,6 +1,7 @@
 """Training: what learns and what does not, repeatable, safe to break off, fairly scored."""
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from test_sample import BAD_LISTS, BAD_SOUNDS, item, write_wav
 import integrate
 import sample
 import train
-from integrate import ROUTES, AudioLLM
+from integrate import MODES, ROUTES, Arm, AudioLLM
 from sample import read_items
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +84,7 @@ def test_the_listening_world_from_training_to_an_answer(learn, call):
     assert code == 0 and stdout.endswith("\n") and "out/lal/model.pt: mode lal" in stderr
 
 
-@pytest.mark.parametrize("mode", ROUTES)
+@pytest.mark.parametrize("mode", MODES)
 def test_own_sounds_of_any_rate_and_length_from_training_to_the_table(mode, learn, sounds):
     stdout, stderr, lines = learn("--mode", mode)
     rows = lines[-1]["scores"]
@@ -176,6 +177,45 @@ def test_frozen_is_frozen_and_the_rest_learns(learn, sounds, watch):
     assert all(name.startswith("connectors") for name in watch[0][2])
     assert not any(name.startswith("encoders") for name in watch[8][2])
     assert "llm.model.embed_tokens.weight" in watch[8][2]
+
+
+@pytest.mark.parametrize("freeze, kept", [("ffn", ".mlp."), ("llm", "")])
+def test_what_is_to_stay_frozen_does_to_the_bit(freeze, kept, learn, sounds, watch):
+    stdout, *_ = learn("--freeze", freeze)
+    start, end = watch[0][0], AudioLLM.load("out/lal/model.pt").state_dict()
+    for name in start:
+        if name.startswith("llm."):
+            assert torch.equal(start[name], end[name]) == (kept in name), name
+    assert all("connectors" in name or kept not in name for name in watch[8][2])
+    assert any(name.startswith("connectors") for name in watch[8][2])
+    assert re.search("^llm feed-forward .* frozen$", stdout, re.M)
+
+
+def test_the_start_tells_what_is_trained_part_by_part(learn, sounds):
+    stdout, *_ = learn("--mode", "flamingo", "--flamingo-every", 2, steps=(1, 0, 1))
+    told = re.findall(r"^(.*?) +([\d,]+) parameters, (frozen|trained .*)$", stdout, re.M)
+    assert {part: what for part, _, what in told} == {
+        "encoders.whisper": "frozen", "encoders.sslam": "frozen",
+        "connectors.whisper": "trained in stage 1, 3", "connectors.sslam": "trained in stage 1, 3",
+        "connectors.flamingo": "trained in stage 1, 3",
+        "llm feed-forward": "trained in stage 3", "llm but for that": "trained in stage 3"}
+    count = {part: int(n.replace(",", "")) for part, n, _ in told}
+    model = AudioLLM.load("out/flamingo/model.pt")
+    assert sum(count.values()) == sum(p.numel() for p in model.parameters())
+    feed_forward = [p for block in model.llm.model.layers for p in block.mlp.parameters()]
+    assert count["llm feed-forward"] == sum(p.numel() for p in feed_forward)
+
+
+@pytest.mark.parametrize("options, arm", [
+    ("--connector lfst --grid-steps 5 --grid-bands 3 --connector-layers 1",
+     Arm("lfst", grid_steps=5, grid_bands=3, connector_layers=1)),
+    ("--connector qformer --queries 3 --lal-layers 1: --audio-rope off",
+     Arm("qformer", queries=3, lal_layers="1:", audio_rope="off"))])
+def test_options_choose_the_arm_and_the_checkpoint_keeps_it(options, arm, learn, sounds, call):
+    learn(*options.split(), steps=(1, 0, 1))
+    assert AudioLLM.load("out/lal/model.pt").arm == arm
+    code, stdout, _ = call(sample, "--audio", "a.wav", "--prompt", "What is it?")
+    assert code == 0 and stdout.endswith("\n")
 
 
 def test_stages_teach_their_tasks(learn, sounds, watch):
@@ -418,6 +458,11 @@ def test_a_bad_base_is_one_line_and_overwrites_nothing(refuses, sounds, earlier,
     ("--mode flits", ["--mode", "flits", "plits", "lal", "pal"]),
     ("--mod lal", ["--mod"]),
     ("--nonsense", ["--nonsense"]),
+    ("--lal-layers 9", ["lal-layers 9", "0 to 3"]),
+    ("--mode plits --audio-rope off", ["audio-rope", "plits"]),
+    ("--connector flst", ["--connector", "lfst"]),
+    ("--freeze some", ["--freeze", "ffn"]),
+    ("--queries 0", ["--queries 0", "1 to"]),
     ("--data=", ["--data is empty"]),
     ("--out=", ["--out is empty"]),
     ("--batch 0", ["--batch 0", "1 or more"]),
