@@ -370,23 +370,34 @@ class AudioLLM(nn.Module):
     def device(self):
         return self.llm.model.embed_tokens.weight.device
 
-    @torch.no_grad()
     def features(self, clips):
         """What the frozen encoders make of some clips, pooled: a list of {kind: (n, De)}.
 
         Compute it once, keep it, train on it many times. clips: functions rate -> (samples,).
         Tokens that lie wholly after a clip's end are left out, and so is SSLAM's cls.
         """
-        out = [{} for _ in clips]
-        rates = {encoder.rate for encoder in self.encoders.values()}
-        sampled = [{rate: clip(rate) for rate in rates} for clip in clips]
+        return [{kind: tokens.cpu() for kind, tokens in encoded.items()}
+                for encoded in self.encode([self.fronts(clip) for clip in clips])]
+
+    def fronts(self, clip):
+        """The half of `features` that a data worker does, on the CPU, for one clip: {kind: (what
+        its front end makes, the clip's length in seconds)}."""
+        waves = {rate: clip(rate) for rate in {e.rate for e in self.encoders.values()}}
+        out = {}
         for kind, encoder in self.encoders.items():
-            window = math.ceil(encoder.seconds * encoder.rate)
-            waves = [s[encoder.rate][:window] for s in sampled]
-            front = torch.cat([encoder.front_end(w[None].to(self.device)) for w in waves])
-            for features, wave, tokens in zip(out, waves, encoder(front)):
-                kept = tokens[encoder.extra:encoder.tokens(len(wave) / encoder.rate)]
-                features[kind] = pool(kept, self.windows[kind]).float().cpu()
+            wave = waves[encoder.rate][:math.ceil(encoder.seconds * encoder.rate)]
+            out[kind] = encoder.front_end(wave[None]), len(wave) / encoder.rate
+        return out
+
+    @torch.no_grad()
+    def encode(self, fronts):
+        """The other half, for a batch of clips and on the model's device."""
+        out = [{} for _ in fronts]
+        for kind, encoder in self.encoders.items():
+            batch = torch.cat([f[kind][0] for f in fronts]).to(self.device)
+            for features, f, tokens in zip(out, fronts, encoder(batch)):
+                heard = tokens[encoder.extra:encoder.tokens(f[kind][1])]
+                features[kind] = pool(heard, self.windows[kind]).float()
         return out
 
     def segments(self, features):
@@ -476,11 +487,23 @@ class AudioLLM(nn.Module):
             llm = LLM(LLMConfig(**saved["llm"]))
         arm = Arm(**saved.get("arm", {}))
         model = cls(llm, tokenizer, encoders, saved["mode"], saved["windows"], arm)
-        unread = model.load_state_dict(saved["state"], strict=False, assign=True)
-        missing = [name for name in unread.missing_keys if not model.is_elsewhere(name)]
-        if missing or unread.unexpected_keys:
-            raise ValueError(f"{path}: missing {missing}, surprising {unread.unexpected_keys}")
+        model.fill(path, saved)
         return model.eval()
+
+    def fill(self, path, saved):
+        """Take the weights out of a checkpoint of this very model. ValueError if of another."""
+        arm = Arm(**saved.get("arm", {}))
+        if (saved["mode"], arm) != (self.mode, self.arm):
+            raise ValueError(f"{path}: of mode {saved['mode']} and {arm}, not {self.mode} and "
+                             f"{self.arm}")
+        try:
+            unread = self.load_state_dict(saved.pop("state"), strict=False, assign=True)
+        except RuntimeError as e:
+            raise ValueError(f"{path}: of another model ({' '.join(str(e).split())})") from None
+        missing = [name for name in unread.missing_keys if not self.is_elsewhere(name)]
+        if missing or unread.unexpected_keys:
+            raise ValueError(f"{path}: of another model: missing {missing}, surprising "
+                             f"{unread.unexpected_keys}")
 
 
 def listen_first(cross, layer, block, args):
@@ -517,9 +540,16 @@ def save_atomically(path, what, write=torch.save):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:  # ours, so that a full disk is an OSError and not torch's
-        write(what, file)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(what, file)
+            file.flush()
+            os.fsync(file.fileno())  # or the name could outlive the contents in a power cut
+        os.replace(temporary, path)
+    except RuntimeError as e:  # torch's, who on a full disk complains of a file cut short
+        raise e.__context__ or e
+    finally:
+        temporary.unlink(missing_ok=True)  # on a full disk it would take what room there is
 
 
 def load_checkpoint(path, format):

@@ -111,34 +111,35 @@ def read_items(path, audio_root=None):
     them. Returns dicts with audio (Path), audio_id, instruction, output, task, dataset, choices.
     ValueError names the item and what is wrong with it. Format: LTU's OpenAQA.
     """
-    path = Path(path)
-    root = Path(audio_root) if audio_root else path.parent
-    items = []
-    for i, raw in enumerate(read_json(path)):
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path}: item {i} is {type(raw).__name__}, not an object")
-        for name in ("audio_id", "instruction", "output"):
-            if not isinstance(raw.get(name), str) or not raw[name].strip():
-                raise ValueError(f"{path}: item {i} has no text in its field {name!r}")
-        for name in ("audio_id", "instruction", "output", "input", "task", "dataset"):
-            text = raw.get(name) or ""
-            # half of a cut emoji is valid JSON, but no character
-            if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
-                raise ValueError(f"{path}: the field {name!r} of item {i} is not text")
-        choices = raw.get("choices") or []
-        if choices and (not isinstance(choices, list) or raw["output"] not in choices
-                        or not all(isinstance(c, str) and c.strip() for c in choices)):
-            raise ValueError(f"{path}: the field 'choices' of item {i} is not a list of texts that "
-                             "has its output among them")
-        audio = root / raw["audio_id"]
-        if not audio.is_file():
-            raise ValueError(f"{path}: item {i}: no such audio file: {audio}")
-        question = f"{raw['instruction'].strip()} {raw.get('input') or ''}".strip()
-        items.append({"audio": audio, "audio_id": raw["audio_id"], "instruction": question,
-                      "output": raw["output"].strip(), "task": raw.get("task") or "question",
-                      "dataset": raw.get("dataset") or path.stem,
-                      "choices": [c.strip() for c in choices]})
-    return items
+    root = Path(audio_root) if audio_root else Path(path).parent
+    return [as_item(raw, path, f"item {i}", root) for i, raw in enumerate(read_json(path))]
+
+
+def as_item(raw, path, name, root):
+    """One item of the list in `path`, checked; `name` is what a complaint calls it."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: {name} is {type(raw).__name__}, not an object")
+    for field_name in ("audio_id", "instruction", "output"):
+        if not isinstance(raw.get(field_name), str) or not raw[field_name].strip():
+            raise ValueError(f"{path}: {name} has no text in its field {field_name!r}")
+    for field_name in ("audio_id", "instruction", "output", "input", "task", "dataset"):
+        text = raw.get(field_name) or ""
+        # half of a cut emoji is valid JSON, but no character
+        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{path}: the field {field_name!r} of {name} is not text")
+    choices = raw.get("choices") or []
+    if choices and (not isinstance(choices, list) or raw["output"] not in choices
+                    or not all(isinstance(c, str) and c.strip() for c in choices)):
+        raise ValueError(f"{path}: the field 'choices' of {name} is not a list of texts that has "
+                         "its output among them")
+    audio = root / raw["audio_id"]
+    if not audio.is_file():
+        raise ValueError(f"{path}: {name}: no such audio file: {audio}")
+    question = f"{raw['instruction'].strip()} {raw.get('input') or ''}".strip()
+    return {"audio": audio, "audio_id": raw["audio_id"], "instruction": question,
+            "output": raw["output"].strip(), "task": raw.get("task") or "question",
+            "dataset": raw.get("dataset") or Path(path).stem,
+            "choices": [c.strip() for c in choices]}
 
 
 def read_json(path):

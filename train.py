@@ -11,28 +11,66 @@ a clip is a function of (seed, split, index), so every machine makes the same tr
 """
 import json
 import math
+import os
 import resource
+import signal
 import sys
 import time
 import zlib
+from array import array
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
-from itertools import count, groupby, islice
+from functools import partial, partialmethod
+from itertools import count, groupby, islice, tee
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from encoders import load_audio, load_encoder, make_encoder, resample, save_wav
-from integrate import (MODES, Arm, AudioLLM, from_bytes, load_checkpoint, run, save_atomically,
-                       stack, to_bytes)
+from integrate import (FORMAT, MODES, Arm, AudioLLM, from_bytes, load_checkpoint, run,
+                       save_atomically, stack, to_bytes)
 from model import LLM, LLMConfig, load_tokenizer, read_tokenizer, train_tokenizer
-from sample import (ask_all, command_line, listen, on_grid, option, pick_device, read_items,
+from sample import (as_item, ask_all, command_line, listen, on_grid, option, pick_device, read_json,
                     tell_fit, words, wrong_clips)
+
+# ---------------------------------------------------------------------------------- the curriculum
+
+LEARNING_RATES = dict.fromkeys(MODES, 1e-3)    # from a sweep, see the README
+REAL_LLM_RATE = 1e-4                           # LTU's, for an LLM that has much to forget
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    rates: dict  # part that is trained: its peak learning rate
+    tasks: tuple | None  # None: all
+    steps: int
+
+
+def curriculum(o):
+    """The paper's three stages in miniature (version 1, section on training)."""
+    lr = o.lr or (REAL_LLM_RATE if o.llm else LEARNING_RATES[o.mode])
+    new = o.connector_lr  # the connectors are new, the LLM knows something
+    both = {"connectors": new or 3 * lr, "llm": lr}
+    if o.freeze == "llm":
+        del both["llm"]
+    stages = (Stage("1", {"connectors": new or 3e-3}, ("classification",), o.steps1),
+              Stage("2", both, ("classification", "reasoning", "checklist"), o.steps2),
+              Stage("3", both, None, o.steps3))
+    if not o.tasks:
+        return stages
+    tasks = None if o.tasks == "all" else tuple(o.tasks.split(","))
+    return [replace(stage, tasks=tasks) for stage in stages]
+
 
 # ----------------------------------------------------------------------------- the listening world
 RATE = 16000                                   # samples per second
@@ -346,7 +384,7 @@ def checklist(s, dice):
 # ------------------------------------------------------------------------------------- data
 
 def world(split, clips, seed):
-    """Clips of the listening world and their questions: (clips, items), as `own` gives them."""
+    """Clips of the listening world, see Questions.clips, and their questions: (clips, items)."""
     scenes = [scene(split, i, seed) for i in range(clips)]
     items = []
     for i, s in enumerate(scenes):
@@ -355,45 +393,135 @@ def world(split, clips, seed):
         if split == "train":
             items += [{"pairs": checklist(s, rng), "task": "checklist", "domain": s["domain"],
                        "clip": i} for _ in range(2)]
-    return [partial(clip_of_scene, s) for s in scenes], items
+    return {i: partial(clip_of_scene, s) for i, s in enumerate(scenes)}, items
 
 
 def clip_of_scene(s, rate):
     return resample(torch.from_numpy(render(s)), RATE, rate)
 
 
-def own(path, audio_root):
-    """Clips and questions of an LTU-style list: clips are functions rate -> (samples,), and every
-    item says which clip it is about."""
-    items = read_items(path, audio_root)
-    paths = list(dict.fromkeys(item["audio"] for item in items))
-    number = {p: i for i, p in enumerate(paths)}
-    for item in items:
-        item["clip"], item["domain"] = number[item["audio"]], item["dataset"]
-    return [partial(load_audio, p) for p in paths], items
+class Questions:
+    """The items of an LTU-style list, each read from its file when asked for.
+
+    Of JSONL there stay in memory, for each item, where its line begins, how long that is, and a
+    number for its task: 14 bytes. A JSON list is loaded whole. Every item is checked at once, and
+    those with a mistake are told of, or, with skip_bad, told of and left out. `mark` changes when
+    the list does.
+    """
+
+    def __init__(self, path, audio_root=None, skip_bad=False):
+        self.path, self.root = path, Path(audio_root or Path(path).parent)
+        self.starts, self.sizes, self.numbers = array("q"), array("i"), array("H")
+        self.tasks, problems, bad, crc = {}, [], 0, 0
+        self.file = open(path, "rb")
+        is_list = self.file.read(99).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        self.loaded = read_json(path) if is_list else None
+        for start, size, name in tqdm(self.places(), desc="questions", leave=False, delay=1):
+            try:
+                task = self.read(start, size, name)["task"]
+            except ValueError as e:
+                bad += 1
+                problems = problems if len(problems) == 10 else [*problems, str(e)]
+                continue
+            self.starts.append(start)
+            self.sizes.append(size)
+            self.numbers.append(self.tasks.setdefault(task, len(self.tasks)))
+        if bad == 1 and not skip_bad:
+            raise ValueError(problems[0])
+        if bad:
+            print(*problems, sep="\n", file=sys.stderr)
+        if bad and not skip_bad:
+            raise ValueError(f"{path}: {bad} items cannot be used, the first {len(problems)} are "
+                             "above; --skip-bad goes on without them")
+        if bad:
+            print(f"{path}: {bad} items left out, {len(self)} stay", file=sys.stderr)
+        if not self.starts:
+            raise ValueError(f"{path}: empty: expected a list of questions")
+        self.file.seek(0)
+        for block in iter(partial(self.file.read, 1 << 20), b""):
+            crc = zlib.crc32(block, crc)
+        self.mark = f"{len(self)} items, checksum {crc:08x}"
+
+    def places(self):
+        """Start, size and name of each item; size is of its text, or near enough to sort by."""
+        if self.loaded is not None:
+            yield from ((i, len(str(raw)), f"item {i}") for i, raw in enumerate(self.loaded))
+            return
+        start = 0
+        self.file.seek(0)
+        for n, line in enumerate(self.file, 1):
+            if line.strip():
+                yield start, len(line), f"line {n}"
+            start += len(line)
+
+    def read(self, start, size, name):
+        try:  # pread: data workers share the file, so it must have no position
+            raw = (json.loads(os.pread(self.file.fileno(), size, start)) if self.loaded is None
+                   else self.loaded[start])
+        except ValueError as e:  # JSONDecodeError or UnicodeDecodeError
+            reason = getattr(e, "msg", "not text")
+            raise ValueError(f"{self.path}: {name} is not JSON ({reason})") from None
+        item = as_item(raw, self.path, name, self.root)
+        return item | {"clip": item["audio"], "domain": item["dataset"]}
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, i):
+        return self.read(self.starts[i], self.sizes[i], f"item {i}")
+
+    def clips(self):
+        """{clip: function rate -> (samples,)} of all items."""
+        return {item["clip"]: partial(load_audio, item["clip"]) for item in self}
 
 
 def hear_all(model, clips):
-    """Frozen features of every clip, once: a list of {kind: (n, De)}."""
-    features, seconds = [], {}
+    """Frozen features of every clip, once: {clip: {kind: (n, De)}}. clips: see Questions.clips."""
+    features, seconds, names = {}, {}, list(clips)
 
-    def timed(i, rate):
-        wave = clips[i](rate)
-        seconds[i] = len(wave) / rate
+    def timed(name, rate):
+        wave = clips[name](rate)
+        seconds[name] = len(wave) / rate
         return wave
 
-    for at in tqdm(range(0, len(clips), 16), desc="features", leave=False, mininterval=1):
-        some = range(at, min(at + 16, len(clips)))
-        features += model.features([partial(timed, i) for i in some])
+    for at in tqdm(range(0, len(names), 16), desc="features", leave=False, mininterval=1):
+        some = names[at:at + 16]
+        features |= zip(some, model.features([partial(timed, name) for name in some]))
     tell_fit(model, list(seconds.values()))
     return features
+
+
+class Ready:
+    """Items made ready for a step, which is what data workers do: with their token ids and, if
+    `fronts` is a function from clips to what the front ends make of them, with that."""
+
+    def __init__(self, items, tokenizer, fronts=None):
+        self.items, self.tokenizer, self.fronts = items, tokenizer, fronts
+
+    def __getitem__(self, i):
+        try:
+            item, = with_ids(self, [self.items[i]])
+            if not self.fronts:
+                return item
+            return item | {"fronts": self.fronts(partial(load_audio, item["clip"]))}
+        except ValueError as e:  # raised in a worker it would come with a page of its traceback
+            return e
+
+
+def batches_of(ready, groups, workers):
+    """The ready items of each group of indices, in order, made in so many worker processes. They
+    get a session of their own, for a Ctrl-C at the terminal is for the first process to act on."""
+    return DataLoader(ready, batch_sampler=groups, num_workers=workers, collate_fn=list,
+                      worker_init_fn=lambda n: os.setsid(),
+                      multiprocessing_context="fork" if workers else None)
 
 
 def with_ids(model, items):
     """Add to every item its token ids and their weights: see `conversation`."""
     for item in items:
-        pairs = item.get("pairs") or [(item["instruction"].strip() + "\n", item["output"])]
-        item["ids"], item["weights"] = conversation(model.tokenizer, pairs)
+        if "ids" not in item:
+            pairs = item.get("pairs") or [(item["instruction"].strip() + "\n", item["output"])]
+            item["ids"], item["weights"] = conversation(model.tokenizer, pairs)
     return items
 
 
@@ -414,33 +542,49 @@ def conversation(tokenizer, pairs):
 
 # --------------------------------------------------------------------------------- training
 
-def answer_loss(model, features, items):
-    """Mean over answers of the mean cross-entropy of each one's tokens, for a batch of items."""
+def answer_loss(net, features, items, total=None):
+    """Mean over answers of the mean cross-entropy of each one's tokens, for a batch of items.
+
+    net: the model, or DistributedDataParallel around it. total: the number of answers to divide
+    by, if these items are a part of a larger batch.
+    """
+    model = getattr(net, "module", net)
     ids = pad([torch.tensor(item["ids"]) for item in items]).to(model.device)
     weights = pad([torch.tensor(item["weights"], dtype=torch.float64) for item in items])
-    hidden = model([features[item["clip"]] for item in items], ids[:, :-1])
-    return weighted_loss(model.llm, hidden, ids, weights.to(model.device))
+    hidden = net([features[item["clip"]] for item in items], ids[:, :-1])
+    return weighted_loss(model.llm, hidden, ids, weights.to(model.device), total)
 
 
-def weighted_loss(llm, hidden, ids, weights):
-    """Cross-entropy of ids (B, T) given hidden states (B, T-1, D), by weights (B, T)."""
+def weighted_loss(llm, hidden, ids, weights, total=None):
+    """Cross-entropy of ids (B, T) given hidden states (B, T-1, D), by weights (B, T), divided by
+    their sum or by `total`."""
     chosen = weights[:, 1:] > 0  # only positions whose next token belongs to an answer need logits
     losses = F.cross_entropy(llm.head(hidden[chosen]), ids[:, 1:][chosen], reduction="none")
-    return (losses * weights[:, 1:][chosen].to(losses.dtype)).sum() / weights.sum()
+    return (losses * weights[:, 1:][chosen].to(losses.dtype)).sum() / (total or weights.sum())
 
 
 def pad(rows):
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), with zeros
 
 
-def batches(items, size, dice):
-    """Batches without end: every item once before any comes again, similar lengths together."""
+def batches(sizes, size, dice):
+    """Batches without end, as arrays of indices: every item once before any comes again, those of
+    similar size together. sizes (n,): of each item's text."""
     while True:
-        for pool in np.array_split(dice.permutation(len(items)), 1 + len(items) // (16 * size)):
-            pool = sorted(pool, key=lambda i: len(items[i]["ids"]))
+        for pool in np.array_split(dice.permutation(len(sizes)), 1 + len(sizes) // (16 * size)):
+            pool = pool[np.argsort(sizes[pool], kind="stable")]
             groups = [pool[i:i + size] for i in range(0, len(pool), size)]
             for i in dice.permutation(len(groups)):
-                yield [items[j] for j in groups[i]]
+                yield groups[i]
+
+
+def parts_of(batch, micro):
+    """Cut a batch into parts of `micro` or fewer (0: as few as can be), equally many for each
+    process: a list of lists, what is run at the same time, one part by each."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rounds = math.ceil(len(batch) / (ranks * (micro or len(batch))))
+    parts = np.array_split(batch, rounds * ranks)
+    return [parts[i:i + ranks] for i in range(0, len(parts), ranks)]
 
 
 def schedule(step, steps):
@@ -462,7 +606,8 @@ def optimizer_of(model, rates, freeze="none"):
         if p.requires_grad:
             groups[part].append(p)
     groups = [{"params": groups[part], "lr": lr, "peak": lr} for part, lr in rates.items()]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05,
+                             fused=model.device.type == "cuda" or None)
 
 
 def tell_parts(model, stages, freeze):
@@ -485,52 +630,219 @@ def tell_parts(model, stages, freeze):
 
 
 def lessons(stage, items):
-    """The items that a stage learns from."""
-    known = [item for item in items if stage.tasks is None or item["task"] in stage.tasks]
-    return known if stage.steps else []
+    """Which items a stage learns from, and their sizes: two arrays."""
+    if isinstance(items, Questions):
+        tasks, numbers, sizes = list(items.tasks), np.array(items.numbers), np.array(items.sizes)
+    else:
+        tasks, numbers = np.unique([item["task"] for item in items], return_inverse=True)
+        sizes = np.array([len(item["ids"]) for item in items])
+    taught = [n for n, t in enumerate(tasks) if stage.tasks is None or t in stage.tasks]
+    which = np.flatnonzero(np.isin(numbers, taught) & bool(stage.steps)).astype(np.int32)
+    return which, sizes[which]
 
 
-def train(model, stages, train_set, val_set, o, log):
-    """The curriculum. Returns seconds per step, data and evaluation left out."""
-    dice, step, seconds = np.random.default_rng(o.seed), 0, 0.0
-    for stage in stages:
+def train(model, train_set, val_set, o, file, start):
+    """The curriculum, from where the checkpoint `start` left it; lines go to `file`.
+
+    Returns seconds per step, data and evaluation left out.
+    """
+    dice, seconds, timed = np.random.default_rng(o.seed), 0.0, 0
+    step, loss = start["step"], start["loss"]
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    halved = o.dtype == "bfloat16" or o.dtype == "auto" and model.device.type == "cuda"
+    for stage in curriculum(o):
         features, items = train_set
-        items = lessons(stage, items)
-        if not items:
-            print(f"stage {stage.name}: nothing to learn from, left out")
+        which, sizes = lessons(stage, items)
+        wanted = o.stage in ("all", stage.name) and stage.name >= start["stage"]
+        if not len(which):
+            if wanted:
+                print(f"stage {stage.name}: nothing to learn from, left out")
             continue
+        if o.epochs:
+            stage = replace(stage, steps=math.ceil(o.epochs * len(which) / o.batch))
+        supply = batches(sizes, o.batch, dice)
+        resumed = stage.name == start["stage"]
+        first = start["at"] if resumed else 0 if wanted else stage.steps
+        for _ in range(first):  # the order is a function of the seed: be where the dice were
+            next(supply)
+        if not wanted:
+            continue
+        # of what is to come, one copy tells the loader what to make ready ahead of the loop
+        supply, ahead = tee(islice(supply, stage.steps - first))
+        mine = (which[part[rank] if len(part[rank]) else part[0][:1]]
+                for batch in ahead for part in parts_of(batch, o.micro))
+        ready = Ready(items, model.tokenizer, None if features else model.fronts)
+        loader = iter(batches_of(ready, mine, o.workers))
         optimizer = optimizer_of(model, stage.rates, o.freeze)
+        if resumed:
+            optimizer.load_state_dict(start.pop("optimizer"))
+            torch.set_rng_state(start["rng"])
         parameters = [p for p in model.parameters() if p.requires_grad]
         rates = " and ".join(f"{part} at {lr:g}" for part, lr in stage.rates.items())
         print(f"stage {stage.name}: trains {rates}, {sum(p.numel() for p in parameters):,} "
-              f"parameters, {len(items):,} questions, {stage.steps} steps of {o.batch}")
+              f"parameters, {len(which):,} questions, {stage.steps} steps of {o.batch}")
+
+        net = DistributedDataParallel(model, broadcast_buffers=False) if ranks > 1 else model
+
+        def keep(at):
+            """Write all that it takes to go on after `at` steps of this stage as if never broken
+            off; of such files the last few stay."""
+            if rank:
+                return
+            model.save(f"{o.out}/step-{step:08d}.pt", stage=stage.name, at=at, step=step, loss=loss,
+                       optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
+                       options=asdict(o), logged=file.tell(), data=items.mark if o.data else None)
+            for old in kept(o.out)[:-o.keep]:
+                old.unlink()
+
         model.train()
-        supply = batches(items, o.batch, dice)
-        bar = tqdm(range(stage.steps), desc=f"stage {stage.name}", leave=False, mininterval=1)
-        for i in bar:
-            chosen = next(supply)
-            began = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(i, stage.steps)
-            loss = answer_loss(model, features, chosen)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-            if not norm.isfinite():  # stop while the weights are whole and the last ones saved
-                raise ValueError(f"stage {stage.name}, step {i}: the loss is {loss.item():.3g} and "
-                                 "its gradient is not finite; try a lower --lr")
-            optimizer.step()
-            seconds, step = seconds + time.perf_counter() - began, step + 1
-            if i % 10 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-                log(step=step, stage=stage.name, loss=loss.item(), norm=norm.item(),
-                    lr=optimizer.param_groups[0]["lr"])
+        bar = tqdm(range(first, stage.steps), desc=f"stage {stage.name}", leave=False,
+                   mininterval=1, initial=first, total=stage.steps)
+        with asked_to_stop() as stop:
+            for i in bar:
+                batch, told = next(supply), 0.0
+                rounds = parts_of(batch, o.micro)
+                # a part counts by its share of the whole batch's answers
+                whole = len(rounds) * ranks == 1
+                total = None if whole else sum(answers_to(items, which[j]) for j in batch)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * schedule(i, stage.steps)
+                optimizer.zero_grad()
+                for n, part in enumerate(rounds):
+                    chosen = next(loader)
+                    for item in chosen:
+                        if isinstance(item, ValueError):
+                            raise item
+                    began = time.perf_counter()
+                    alone = ranks > 1 and n < len(rounds) - 1  # gradients are shared at the end
+                    with net.no_sync() if alone else nullcontext():
+                        with torch.autocast(model.device.type, torch.bfloat16, halved):
+                            known = features or dict(zip(
+                                (item["clip"] for item in chosen),
+                                model.encode([item["fronts"] for item in chosen])))
+                            found = answer_loss(net, known, chosen, total)
+                        # of an empty part, nothing; and the processes' gradients are averaged
+                        found = found * (ranks if len(part[rank]) else 0) if ranks > 1 else found
+                        found.backward()
+                    told = told + found.detach()
+                    seconds += time.perf_counter() - began
+                began = time.perf_counter()
+                ended = bool(stop)
+                if ranks > 1:  # all are to say the same, and to stop after the same step
+                    told = torch.stack([told / ranks, torch.tensor(float(ended)).to(told)])
+                    dist.all_reduce(told)
+                    told, ended = told[0], told[1].item() > 0
+                loss, norm = told.item(), nn.utils.clip_grad_norm_(parameters, 1.0).item()
+                if not math.isfinite(loss + norm):  # while the weights and what is saved are whole
+                    raise ValueError(f"stage {stage.name}, step {i}: the loss is {loss:.3g} and "
+                                     f"its gradient {norm:.3g}; try a lower --lr")
+                optimizer.step()
+                seconds, timed, step = seconds + time.perf_counter() - began, timed + 1, step + 1
+                if i % 10 == 0:
+                    bar.set_postfix(loss=f"{loss:.3f}")
+                    log(file, step=step, stage=stage.name, loss=loss, norm=norm,
+                        lr=optimizer.param_groups[0]["lr"])
+                if ended or (i + 1) % o.save_every == 0:
+                    keep(i + 1)
+                if ended:
+                    bar.close()
+                    print(f"stage {stage.name}: saved after step {i}; --resume goes on from there",
+                          file=sys.stderr)
+                    raise KeyboardInterrupt
+        keep(stage.steps)
         share = score(model, val_set[0], val_set[1])
-        print(f"stage {stage.name}: loss {loss.item():.3f}, validation {share:.1%} exact "
-              f"({len(val_set[1])} questions), {1000 * seconds / step:.0f} ms a step")
-        log(step=step, stage=stage.name, validation=share)
-        model.save(o.out + "/model.pt", step=step)
-    return seconds / max(1, step)
+        print(f"stage {stage.name}: loss {loss:.3f}, validation {share:.1%} exact "
+              f"({len(val_set[1])} questions), {1000 * seconds / max(1, timed):.0f} ms a step")
+        log(file, step=step, stage=stage.name, validation=share)
+        # where the next stage starts, and whom to ask
+        for name in () if rank else (f"stage{stage.name}", "model"):
+            model.save(f"{o.out}/{name}.pt", step=step, stage=stage.name)
+    return seconds / max(1, timed)
+
+
+def answers_to(items, i):
+    """How many answers item i has: one, but for the checklists of the listening world."""
+    return len(items[i].get("pairs", "1")) if isinstance(items, list) else 1
+
+
+def log(file, **line):
+    print(json.dumps(line), file=file, flush=True)
+
+
+def join_processes(o):
+    """Under torchrun, be one of several processes that train one model: the first one speaks and
+    saves for all. Returns the name of this process's device."""
+    if not dist.is_torchelastic_launched():
+        return o.device
+    on_gpus = o.device in ("auto", "cuda") and torch.cuda.is_available()
+    dist.init_process_group("nccl" if on_gpus else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    return f"cuda:{os.environ['LOCAL_RANK']}" if on_gpus else o.device
+
+
+@contextmanager
+def asked_to_stop():
+    """A list that SIGTERM or Ctrl-C adds to, instead of ending us. A second Ctrl-C ends at once."""
+    asked = []
+
+    def note(number, frame):
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def kept(folder):
+    """The checkpoints of an unfinished training, oldest first."""
+    return sorted(Path(folder).glob("step-*.pt"))
+
+
+# What may change between a checkpoint and --resume, as it alters sums only by their rounding.
+FREE = {"resume", "out", "device", "save_every", "keep", "micro", "workers", "dtype",
+        "recompute", "compile", "keep_features"}
+
+
+def beginning(model, o, mark):
+    """Where training starts, a dict: at nothing, after the stage before --stage, or, with --resume,
+    where the newest checkpoint left it. The model gets the weights of then. mark: of the data."""
+    unfinished = kept(o.out)
+    nothing = {"stage": "", "at": 0, "step": 0, "loss": math.nan}
+    if o.resume:
+        if not unfinished:
+            raise ValueError(f"{o.out} holds no step-*.pt: nothing to --resume there")
+        saved = load_checkpoint(unfinished[-1], FORMAT)
+        model.fill(unfinished[-1], saved)
+        for name, value in asdict(o).items():
+            if name not in FREE and value != saved["options"].get(name):
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{unfinished[-1]}: was trained with {flag} "
+                                 f"{saved['options'].get(name)}, not {value}; --resume goes on as "
+                                 "it began")
+        if saved["data"] != mark:
+            raise ValueError(f"{o.data} has changed since {unfinished[-1]} was saved: it had "
+                             f"{saved['data']}, it has {mark}")
+        return saved
+    if unfinished:
+        raise ValueError(f"{unfinished[-1]} is of an unfinished training: go on with --resume, "
+                         "delete it, or choose another --out")
+    if o.stage in ("all", "1"):
+        return nothing
+    path = Path(o.out) / f"stage{int(o.stage) - 1}.pt"
+    if not path.is_file():
+        raise ValueError(f"{path} is not there, and stage {o.stage} starts from it: train with "
+                         f"--stage {int(o.stage) - 1} first")
+    saved = load_checkpoint(path, FORMAT)
+    model.fill(path, saved)
+    return nothing | {"step": saved["step"]}
 
 
 # ------------------------------------------------------------------------------------ scoring
@@ -551,15 +863,16 @@ def table(model, features, items, train_items):
     """Exact match by domain and task, beside three controls that a listening model must beat."""
     silence = model.features([lambda rate: torch.zeros(int(SECONDS * rate))])
     other = wrong_clips({item["clip"]: item["domain"] for item in items})
-    common = {}
-    for d, t in {(item["domain"], item["task"]) for item in items}:
-        seen = Counter(i["output"] for i in train_items if (i["domain"], i["task"]) == (d, t))
-        common[d, t] = seen.most_common(1)[0][0] if seen else ""
+    seen = {}  # of very many training questions, an even sample tells the commonest answers
+    for i in range(0, len(train_items), 1 + len(train_items) // 100_000):
+        item = train_items[i]
+        seen.setdefault((item["domain"], item["task"]), Counter())[item.get("output")] += 1
+    common = {key: counter.most_common(1)[0][0] for key, counter in seen.items()}
     given = {"model": answers(model, features, items),
              "deaf": answers(model, silence, items, lambda item: 0)}
     if other:
         given["wrong clip"] = answers(model, features, items, lambda item: other[item["clip"]])
-    given["commonest"] = [common[item["domain"], item["task"]] for item in items]
+    given["commonest"] = [common.get((item["domain"], item["task"]), "") for item in items]
     rows = {}
     for i, item in enumerate(items):
         # a set: a list called all.json has a domain "all", not to be counted twice
@@ -795,30 +1108,6 @@ def load_base(path, mode, windows, sources=None, folder=None, arm=Arm()):
 # --------------------------------------------------------------------------------------- main
 
 @dataclass(frozen=True)
-class Stage:
-    name: str
-    rates: dict  # part that is trained: its peak learning rate
-    tasks: tuple | None  # None: all
-    steps: int
-
-
-def curriculum(o):
-    """The paper's three stages in miniature (PAPER: version 1, section on training)."""
-    lr = o.lr or (REAL_LLM_RATE if o.llm else LEARNING_RATES[o.mode])
-    both = {"connectors": 3 * lr, "llm": lr}  # the connectors are new, the LLM knows something
-    if o.freeze == "llm":
-        del both["llm"]
-    return (Stage("1", {"connectors": 3e-3}, ("classification",), o.steps1),
-            Stage("2", both, ("classification", "reasoning", "checklist"), o.steps2),
-            Stage("3", both, None, o.steps3))
-
-
-# from a sweep, see the README
-LEARNING_RATES = dict.fromkeys(MODES, 1e-3)
-REAL_LLM_RATE = 1e-4  # LTU's, for an LLM that has much to forget
-
-
-@dataclass(frozen=True)
 class Options:
     mode: str = option("lal", "how the audio enters the LLM", choices=MODES)
     connector: str = option(Arm.connector, "of sslam and clap together lfst, else mlp; or one of "
@@ -839,6 +1128,7 @@ class Options:
     data: str = option(None, "your own questions, a JSON list or JSONL; else the listening world")
     val_data: str = option(None, "questions to score on, with --data")
     audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
+    skip_bad: bool = option(False, "go on without the items of --data that cannot be used")
     out: str = option(None, "folder of the checkpoint and metrics.jsonl (default: out/MODE)")
     base: str = option("assets/base.pt", "the prepared encoders and LLM")
     llm: str = option(None, "folder of a real LLM, Llama or Qwen2; it replaces the small one")
@@ -855,6 +1145,23 @@ class Options:
     steps3: int = option(1800, "steps of stage 3: LLM and connectors, all questions")
     lr: float = option(0.0, "peak rate of the LLM, a third of the connectors'; 0: the mode's own, "
                             f"or with --llm {REAL_LLM_RATE:g}")
+    epochs: float = option(0.0, "passes over a stage's questions, instead of its steps")
+    tasks: str = option(None, "tasks to learn, with commas between, or all; else the stage's own")
+    connector_lr: float = option(0.0, "peak rate of the connectors; 0: 0.003 in stage 1, then "
+                                      "thrice the LLM's")
+    stage: str = option("all", "one stage, which starts from the one before, or all of them",
+                        choices=["1", "2", "3", "all"])
+    save_every: int = option(500, "steps between two checkpoints, step-*.pt", low=1)
+    keep: int = option(2, "how many of them stay", low=1)
+    resume: bool = option(False, "go on from the newest step-*.pt in --out, with the same options")
+    micro: int = option(0, "questions at once, to save memory: a step adds up parts; 0: all")
+    recompute: bool = option(False, "save memory: compute feed-forward parts again for backward")
+    compile: bool = option(False, "torch.compile the feed-forward parts")
+    dtype: str = option("auto", "of the products: auto is bfloat16 on cuda, else float32",
+                        choices=["auto", "bfloat16", "float32"])
+    keep_features: bool = option(True, "hear each training clip once; if they do not fit in memory:"
+                                       " --no-keep-features, hear it each time it is asked about")
+    workers: int = option(0, "processes that read and prepare data ahead", high=256)
     device: str = option("auto", "cpu, cuda, mps or auto")
     watch: str = option(None, "say how much a checkpoint looks at the sounds it names, and stop")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
@@ -867,52 +1174,78 @@ def main(o):
     o = replace(o, out=o.out or f"out/{o.mode}")
     if o.prepare or o.watch:
         return prepare(o) if o.prepare else watch(o)
+    device = join_processes(o)
     if not o.data and (o.val_data or o.audio_root):
         raise ValueError("--val-data and --audio-root say more about --data, which is missing")
+    if not o.keep_features and not o.val_data:
+        raise ValueError("--no-keep-features is for --data, and needs --val-data besides")
     torch.manual_seed(o.seed)
     sources = {kind: getattr(o, kind) for kind in WINDOWS}
     arm = Arm(**{f.name: getattr(o, f.name) for f in fields(Arm)})
     model = load_base(o.base, o.mode, WINDOWS, sources, o.llm, arm)
     if o.data:
-        train_data = own(o.data, o.audio_root)
-        val_data = test_data = own(o.val_data, o.audio_root) if o.val_data else train_data
+        items = Questions(o.data, o.audio_root, o.skip_bad)
+        train_data = val_data = test_data = items.clips() if o.keep_features else {}, items
+        if o.val_data:
+            items = Questions(o.val_data, o.audio_root, o.skip_bad)
+            val_data = test_data = items.clips(), items
         if not o.val_data:
             print("no --val-data: the scores below are on the training questions themselves")
     else:
         train_data, val_data, test_data = (
             world(split, clips, o.seed)
             for split, clips in (("train", o.clips), ("val", 30), ("test", o.test_clips)))
-    if not any(lessons(stage, train_data[1]) for stage in curriculum(o)):
+        with_ids(model, train_data[1])
+    if not any(len(lessons(stage, train_data[1])[0]) for stage in curriculum(o)
+               if o.stage in ("all", stage.name)):
         raise ValueError("nothing to train: no stage has both steps and questions of its tasks")
     Path(o.out).mkdir(parents=True, exist_ok=True)
-    device = pick_device(o.device)
+    start = beginning(model, o, train_data[1].mark if o.data else None)
+    device = pick_device(device)
     model.to(device)
+    lighten(model, o.recompute, o.compile)
     features = {}  # of each of the lists once, though two of them may be the same
     for clips, items in (train_data, val_data, test_data):
         if id(items) not in features:
             features[id(items)] = hear_all(model, clips)
-            with_ids(model, items)
     sets = [(features[id(items)], items) for _, items in (train_data, val_data, test_data)]
     if not o.data:
         write_demo(*test_data)
-    with open(f"{o.out}/metrics.jsonl", "w") as file:
-        def log(**line):
-            print(json.dumps(line), file=file, flush=True)
-        stages = curriculum(o)
-        tell_parts(model, [s for s in stages if lessons(s, sets[0][1])], o.freeze)
-        seconds = train(model, stages, sets[0], sets[1], o, log)
+    metrics = f"{o.out}/metrics.jsonl"
+    if o.resume and os.path.getsize(metrics) > start["logged"]:
+        os.truncate(metrics, start["logged"])  # what came after will come again
+    if dist.is_initialized() and dist.get_rank():
+        metrics = os.devnull  # only the first process writes
+    with open(metrics, "a" if start["step"] else "w") as file:
+        tell_parts(model, [s for s in curriculum(o) if o.stage in ("all", s.name)
+                           and len(lessons(s, sets[0][1])[0])], o.freeze)
+        seconds = train(model, sets[0], sets[1], o, file, start)
         scores = table(model, *sets[2], sets[0][1])
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{trained:,} parameters trained, {1000 * seconds:.0f} ms a step, "
               f"peak memory {peak_memory(device):.0f} MiB; the model is {o.out}/model.pt")
-        log(scores=scores, seconds_per_step=seconds, options=asdict(o))
+        log(file, scores=scores, seconds_per_step=seconds, options=asdict(o))
+    for path in kept(o.out) if metrics != os.devnull else ():  # finished: nothing to resume
+        path.unlink()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def lighten(model, recompute, compile):
+    """Make the feed-forward parts, which keep the most for backward, keep nothing but their input,
+    or compile them. Attention writes a cache, which must not happen twice."""
+    for block in model.llm.model.layers:
+        if compile:
+            block.mlp.compile()
+        if recompute:
+            block.mlp.forward = partial(checkpoint, block.mlp.forward, use_reentrant=False)
 
 
 def write_demo(clips, items, count=8):
     """A few clips and their questions to play with: out/demo/0.wav ..., out/demo/questions.json."""
     Path("out/demo").mkdir(parents=True, exist_ok=True)
-    for i, clip in enumerate(clips[:count]):
-        save_wav(f"out/demo/{i}.wav", clip(RATE), RATE)
+    for i in range(min(count, len(clips))):
+        save_wav(f"out/demo/{i}.wav", clips[i](RATE), RATE)
     asked = [{"audio_id": f"{item['clip']}.wav", "dataset": item["domain"]}
              | {k: item[k] for k in ("instruction", "output", "task")}
              for item in items if item["clip"] < count]

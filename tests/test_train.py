@@ -2,10 +2,13 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -119,12 +122,12 @@ def watch(monkeypatch):
     """[(names and tensors of the model, questions of the batch), ...] of every step."""
     seen, answer_loss = [], train.answer_loss
 
-    def watched(model, features, items):
+    def watched(model, features, items, total):
         state = {name: p.clone() for name, p in model.state_dict().items()}
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         assert not any(part.training for part in model.encoders.modules())
         seen.append((state, [i["instruction"] + i["output"] for i in items], trained))
-        return answer_loss(model, features, items)
+        return answer_loss(model, features, items, total)
 
     monkeypatch.setattr(train, "answer_loss", watched)
     return seen
@@ -147,12 +150,11 @@ def test_the_mode_sets_the_routes_and_nothing_else(learn, sounds, watch):
 @pytest.mark.parametrize("size", [1, 4, 7, 200])
 def test_every_question_comes_once_before_any_comes_again(size):
     lengths = np.random.default_rng(0).integers(5, 60, 150)
-    items = [{"ids": [0] * n, "name": i} for i, n in enumerate(lengths)]
-    supply, rounds = train.batches(items, size, np.random.default_rng(0)), []
+    supply, rounds = train.batches(lengths, size, np.random.default_rng(0)), []
     for _ in range(3):
         seen = []
-        while sum(map(len, seen)) < len(items):
-            seen.append([item["name"] for item in next(supply)])
+        while sum(map(len, seen)) < len(lengths):
+            seen.append(next(supply).tolist())
         assert sorted(sum(seen, [])) == list(range(150)) and max(map(len, seen)) <= size
         rounds.append(seen)
     assert rounds[0] != rounds[1] != rounds[2]
@@ -355,6 +357,60 @@ def test_a_data_set_called_all_is_counted_once(parrot):
     assert {key: row["questions"] for key, row in rows.items()} == {"all t": 1, "all all": 2}
 
 
+# ------------------------------------------------------------------------------------------ data
+
+def test_jsonl_is_read_item_by_item_as_the_list_is(sounds):
+    items = json.loads((sounds / "q.json").read_text())
+    items[3]["instruction"] = "Wer spricht? \u00fc\u4f60"  # more bytes than characters
+    text = "\n\n".join(json.dumps(i, ensure_ascii=n % 2 == 0) for n, i in enumerate(items))
+    (sounds / "q.jsonl").write_text("\ufeff" + text, encoding="utf-8")  # as Windows has it
+    (sounds / "q.json").write_text(json.dumps(items))
+    lines, whole = (train.Questions(sounds / name) for name in ("q.jsonl", "q.json"))
+    assert list(lines) == list(whole) and len(lines) == 9 and lines.loaded is None
+    assert [i | {"clip": i["audio"], "domain": i["dataset"]}
+            for i in read_items(sounds / "q.json")] == list(whole)
+    for stage in (train.Stage("", {}, ("captioning",), 1), train.Stage("", {}, None, 1)):
+        (one, sizes), (two, _) = train.lessons(stage, lines), train.lessons(stage, whole)
+        assert one.tolist() == two.tolist() == [i for i, item in enumerate(items) if stage.tasks
+                                                is None or item["task"] in stage.tasks]
+        assert [len(json.dumps(items[i])) for i in one][-1] == sizes[-1]
+    assert len(train.lessons(train.Stage("", {}, None, 0), lines)[0]) == 0
+
+
+def test_many_bad_items_are_counted_and_can_be_left_out(sounds, refuses, learn, base):
+    items = json.loads((sounds / "q.json").read_text())
+    bad = [{"audio_id": f"none{n}.wav", "instruction": "?", "output": "!"} for n in range(12)]
+    (sounds / "bad.jsonl").write_text("\n".join(map(json.dumps, bad[:4] + items + bad[4:])))
+    lines = refuses(["bad.jsonl", "12 items", "--skip-bad"], train, "--base", base, "--data",
+                    "bad.jsonl")
+    told = [line for line in lines if "none" in line]
+    assert len(told) == 10 and "line 1:" in told[0] and "line 14" in told[4]
+    lines = refuses(["v.json", "3 items"], train, "--base", base, "--data", "v.json",
+                    "--audio-root", "none")
+    assert "item 0" in lines[0] and "none/a.wav" in lines[0]
+    _, stderr, mended = learn("--skip-bad", data=("--data", "bad.jsonl", "--val-data", "v.json"))
+    assert "12 items left out, 9 stay" in stderr
+    (sounds / "good.jsonl").write_text("\n".join(map(json.dumps, items)))
+    good = learn(data=("--data", "good.jsonl", "--val-data", "v.json"))[2]
+    assert losses(good) == losses(mended)
+
+
+def test_a_list_that_changed_cannot_be_resumed(unfinished, refuses, sounds):
+    whole = (sounds / "q.json").read_text()
+    (sounds / "q.json").write_text(whole.replace("b b", "B b"))
+    refuses(["q.json has changed", "step-00000004.pt"], train, *unfinished, "--resume")
+
+
+def test_an_item_of_jsonl_costs_a_few_bytes_of_memory(sounds):
+    line = json.dumps(item("a.wav", instruction="What is it? " * 20)) + "\n"
+    (sounds / "long.jsonl").write_text(line * 20000)
+    tracemalloc.start()
+    items = train.Questions(sounds / "long.jsonl")
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(items) == 20000 and held < 20 * 20000 + 50000  # the file has 300 bytes an item
+
+
 # -------------------------------------------------------------------------- what cannot be trained
 
 @pytest.fixture
@@ -422,7 +478,6 @@ def test_a_bad_base_is_one_line_and_overwrites_nothing(refuses, sounds, earlier,
     ("--val-data v.json", ["--val-data", "--data", "missing"]),
     ("--audio-root .", ["--audio-root", "--data", "missing"]),
     ("--steps1 0 --steps2 0 --steps3 0", ["nothing to train"]),
-    ("--data v.json --audio-root none", ["v.json", "item 0", "none/a.wav"]),
     ("--out a.wav", ["a.wav", "exists"]),
     ("--out a.wav/x", ["a.wav", "irectory"]),
     ("--base b.pt", ["b.pt"])])
@@ -492,11 +547,225 @@ def test_ctrl_c_leaves_the_last_checkpoint(sounds, base):
     assert json.loads(metrics.read_text().splitlines()[-1])["stage"] == "2"
 
 
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    model = audio_llm("lal")
+    model.save(tmp_path / "m.pt", step=1)
+    whole = (tmp_path / "m.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, hard))  # as a full disk would
+    try:
+        with pytest.raises(OSError):
+            model.save(tmp_path / "m.pt", step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "m.pt").read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.pt"]  # and no half of one takes up room
+
+
+@pytest.fixture
+def stops(learn, call, base, monkeypatch):
+    """stops(after, how) is learn(), broken off after so many steps and then resumed."""
+    def run(after, how, *options):
+        answer_loss, calls = train.answer_loss, []
+
+        def broken(*args):
+            calls.append(1)
+            if len(calls) == after + 1 and how == "killed":
+                raise KeyboardInterrupt
+            if len(calls) == after and how == "asked":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return answer_loss(*args)
+
+        monkeypatch.setattr(train, "answer_loss", broken)
+        code, _, stderr = call(train, "--base", base, "--device", "cpu", "--batch", 2, "--data",
+                               "q.json", "--val-data", "v.json", *options,
+                               *"--steps1 3 --steps2 3 --steps3 3 --save-every 2".split())
+        assert code == 130 and "Traceback" not in stderr and len(calls) == after + (how == "killed")
+        monkeypatch.setattr(train, "answer_loss", answer_loss)
+        return learn("--resume", *options)[2]
+
+    return run
+
+
+def outcome(lines):
+    """All that a training leaves behind, but for its speed."""
+    for line in lines:
+        line.pop("seconds_per_step", None), line.pop("options", None)
+    return lines, torch.load("out/lal/model.pt", weights_only=True)["state"]
+
+
+@pytest.mark.parametrize("after, how", [(2, "killed"), (5, "killed"), (4, "asked"), (9, "asked")])
+def test_a_training_broken_off_and_resumed_is_the_unbroken_one_to_the_bit(
+        after, how, stops, learn, sounds):
+    lines, weights = outcome(learn()[2])
+    again, resumed = outcome(stops(after, how))
+    assert again == lines and the_same(weights, resumed)
+    assert not list(Path("out/lal").glob("step-*"))  # finished: nothing to resume
+
+
+def test_stages_one_by_one_are_all_of_them_at_once(learn, sounds):
+    lines, weights = outcome(learn()[2])
+    parts = [learn("--stage", stage)[2] for stage in "123"][-1]
+    parts, apart = outcome(parts)
+    assert the_same(weights, apart)
+    assert [line for line in parts if "scores" not in line] == lines[:-1]
+
+
+@pytest.fixture
+def unfinished(call, base, sounds, monkeypatch):
+    """The options of a training that was asked to stop after four steps."""
+    brief = ["--base", base, "--device", "cpu", "--data", "q.json", "--val-data", "v.json",
+             "--batch", 2, *"--steps1 3 --steps2 300 --keep 1 --save-every 1".split()]
+    answer_loss, calls = train.answer_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer_loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "answer_loss", broken)
+        assert call(train, *brief)[0] == 130
+    return brief
+
+
+def test_what_cannot_be_gone_on_with_says_so_and_overwrites_nothing(unfinished, refuses, call):
+    folder = Path("out/lal")
+    left = {path: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(path.name for path in left) == [
+        "metrics.jsonl", "model.pt", "stage1.pt", "step-00000004.pt"]
+    newest = "out/lal/step-00000004.pt"
+    refuses([newest, "--resume"], train, *unfinished)
+    refuses([newest, "--lr", "0.5"], train, *unfinished, "--resume", "--lr", 0.5)
+    refuses(["out/new", "--resume"], train, *unfinished, "--resume", "--out", "out/new")
+    refuses(["out/new/stage1.pt", "--stage 1"], train, *unfinished, "--stage", 2,
+            "--out", "out/new")
+    os.mkdir("out/pal")
+    os.link("out/lal/stage1.pt", "out/pal/stage1.pt")
+    refuses(["stage1.pt", "mode lal"], train, *unfinished, "--stage", 2, "--mode", "pal")
+    Path("out/new/step-00000001.pt").write_bytes(left[Path(newest)][:-99])
+    refuses(["step-00000001.pt"], train, *unfinished, "--resume", "--out", "out/new")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == left
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_with_the_very_losses(sounds, base):
+    command = [sys.executable, str(ROOT / "train.py"), "--base", str(base), "--data", "q.json",
+               "--val-data", "v.json", "--batch", "2", "--device", "cpu", "--save-every", "1",
+               *"--steps1 11 --steps2 11 --steps3 200".split()]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", "whole"], cwd=sounds, check=True, env=env,
+                   stderr=subprocess.DEVNULL)
+    folder, dice, kills = sounds / "out" / "lal", np.random.default_rng(0), 0
+    while kills < 20:
+        resume = ["--resume"] if list(folder.glob("step-*.pt")) else []
+        process = subprocess.Popen([*command, *resume], cwd=sounds, env=env,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        files = set(folder.glob("step-*.pt"))
+        while set(folder.glob("step-*.pt")) <= files and process.poll() is None:
+            time.sleep(0.01)  # it has begun to save
+        time.sleep(dice.uniform(0, 0.5))
+        process.kill()
+        assert process.wait() in (-signal.SIGKILL, 0)
+        kills += 1
+        if process.returncode == 0:  # it got through: once more from the start
+            continue
+        for path in [*train.kept(folder)[-1:], *folder.glob("stage1.pt")]:
+            integrate.load_checkpoint(path, integrate.FORMAT)
+        assert train.kept(folder)
+    resume = ["--resume"] if train.kept(folder) else []
+    subprocess.run([*command, *resume], cwd=sounds, check=True, env=env, stderr=subprocess.DEVNULL)
+    lines = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()][:-1]
+             for path in (folder, sounds / "whole")]
+    assert lines[0] == lines[1] and len(lines[0]) > 20
+    assert the_same(*(torch.load(path / "model.pt", weights_only=True)["state"]
+                      for path in (folder, sounds / "whole")))
+
+
+# ------------------------------------------------------------------- in parts, and elsewhere
+
+def close(lines, others, far=1e-6):
+    a, b = np.array(losses(lines)), np.array(losses(others))
+    return a.shape == b.shape and np.allclose(a[:, :2], b[:, :2], rtol=0, atol=far)
+
+
+@pytest.mark.parametrize("data", ["own", "world"])
+def test_a_batch_in_parts_is_the_batch_at_once(data, learn, sounds):
+    options = () if data == "own" else ("--clips", 4, "--test-clips", 2)
+    kind = {"data": ()} if data == "world" else {}
+    whole = learn(*options, "--batch", 5, steps=(11, 11, 11), **kind)[2]
+    parts = learn(*options, "--batch", 5, "--micro", 2, steps=(11, 11, 11), **kind)[2]
+    assert len(losses(whole)) == 6 and close(whole[:1], parts[:1]) and close(whole, parts, 1e-3)
+    assert losses(whole) != losses(parts)
+
+
+def test_two_processes_are_one_with_twice_the_parts(learn, sounds, base):
+    steps = "--steps1 11 --steps2 11 --steps3 11".split()
+    options = ["--data", "q.json", "--val-data", "v.json", "--batch", "3", "--micro", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "train.py"), "--base", str(base), "--device", "cpu", *options, *steps]
+    done = subprocess.run([*command, "--out", "two"], cwd=sounds, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("stage 3: trains") == 1  # the first speaks for both
+    two = [json.loads(line) for line in (sounds / "two" / "metrics.jsonl").read_text().splitlines()]
+    one = learn(*options[4:], steps=(11, 11, 11))[2]
+    # equal to rounding, which training then magnifies
+    assert len(losses(one)) == 6 and close(one[:4], two[:4]) and close(one, two, 1e-3)
+    assert {p.name for p in (sounds / "two").iterdir()} == {
+        "metrics.jsonl", "model.pt", "stage1.pt", "stage2.pt", "stage3.pt"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_encoders_in_the_loop_give_what_kept_features_give(workers, learn, sounds):
+    kept = learn()[2]
+    there = learn("--no-keep-features", "--workers", workers)[2]
+    assert close(kept, there, 1e-5)
+
+
+def test_workers_change_nothing_and_a_bad_sound_in_one_is_one_line(learn, sounds, refuses, base):
+    plain, ahead = learn()[2], learn("--workers", 2)[2]
+    assert losses(plain) == losses(ahead)
+    (sounds / "c.wav").write_bytes((sounds / "c.wav").read_bytes()[:999])
+    lines = refuses(["c.wav", "truncated"], train, "--base", base, "--data", "q.json", "--val-data",
+                    "v.json", "--no-keep-features", "--workers", 1, "--out", "new")
+    assert len([line for line in lines if "c.wav" in line]) == 1
+
+
+def test_computing_again_saves_memory_and_changes_nothing(learn, sounds):
+    assert losses(learn()[2]) == losses(learn("--recompute")[2])
+    model = audio_llm("lal")
+    held = []
+    x = torch.randn(1, 50, model.llm.config.hidden_size, dtype=torch.float64, requires_grad=True)
+    for again in (False, True):
+        train.lighten(model, again, False)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: kept.append(t.numel()) or t, lambda t: t):
+            model.llm.model.layers[0].mlp(x)
+        held.append(sum(kept))
+    assert held[1] < held[0] / 2
+
+
+def test_epochs_and_tasks_take_the_place_of_steps_and_of_the_stages_own(learn, sounds, watch):
+    learn("--epochs", 2, "--tasks", "captioning,reasoning", "--stage", 1)
+    assert len(watch) == 6  # twice six questions, two a step
+    assert Counter(sum((batch for _, batch, _ in watch), [])) == {
+        f"What is it, {task}?{name} {name}": 2
+        for name in "abc" for task in ("captioning", "reasoning")}
+
+
+def test_bfloat16_is_near_to_float32(learn, sounds):
+    plain, half = losses(learn()[2]), losses(learn("--dtype", "bfloat16")[2])
+    assert half != plain and np.allclose([x[1] for x in plain], [x[1] for x in half], rtol=0.05)
+
+
 # -------------------------------------------------------------------------------------- the base
 
 def test_the_base_that_comes_with_the_code_loads_and_hears():
     model = train.load_base(ROOT / "assets" / "base.pt", "pal", train.WINDOWS)
-    clip, = train.world("test", 1, 0)[0]
+    clip = train.world("test", 1, 0)[0][0]
     features, = model.features([clip])
     assert all(tokens.isfinite().all() and tokens.std() > 0 for tokens in features.values())
     assert isinstance(model.ask(model.hear([features]), ["What do you hear?"])[0], str)
@@ -511,7 +780,7 @@ def test_a_step_of_lal_takes_half_the_time_of_one_of_plits_or_less(base):
     modes, best = ("plits", "lal"), {}
     clips, items = train.world("train", 32, 0)
     models = {mode: train.load_base(base, mode, train.WINDOWS) for mode in modes}
-    features = models["lal"].features(clips)
+    features = models["lal"].features(clips.values())
     batches = np.random.default_rng(0).permutation(train.with_ids(models["lal"], items))[:256]
     optimizers = {}
     for mode, model in models.items():
