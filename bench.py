@@ -11,7 +11,7 @@ memory, the Na at which the paper's 64.1% falls out, and the Na at which its 247
 the two are equal, both headlines hold at one setting. Each mode runs in a process of its own, one
 after another; "out of memory" is a result too. The last line of stdout is all of it, as JSON.
 
-    python bench.py                                     # a small LLM, about a minute on a CPU
+    python bench.py                                     # a small LLM, a minute or two on a CPU
     python bench.py --llm llama-3.2-1b                  # shapes only, random weights: for a GPU
     python bench.py --no-sweep                          # the arithmetic alone, nothing measured
     python bench.py --no-sweep --na 512 --nt 64 --batch 8 --rounds 5 --peer

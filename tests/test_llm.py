@@ -470,7 +470,7 @@ def test_a_real_llm_is_trained_and_asked_in_the_same_chat(tmp_path, call, base, 
         assert graded == tokenizer.encode("a drum") + [tokenizer.eos_id]
     write_wav("a.wav", 1.0)
     Path("q.json").write_text(json.dumps([item("a.wav")] * 2))
-    steps = ["--steps1", 1, "--steps2", 0, "--steps3", 25, "--lr", 0.01, "--batch", 2]
+    steps = ["--steps1", 1, "--steps2", 0, "--steps3", 60, "--lr", 0.01, "--batch", 2]
     code, _, stderr = call(train, "--llm", "llm", "--base", base, "--device", "cpu", "--data",
                            "q.json", *steps)
     assert code == 0, stderr
