@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from encoders import make_encoder
-from integrate import hear, pal
+from integrate import hear, pal, pick_layers
 from model import LLM, LLMConfig
 from sample import command_line, option, pick_device
 
@@ -735,17 +735,12 @@ def picture(o, measured):
 
 # ----------------------------------------------------------------------------------------- options
 
-def numbers(text, flag, low=1, high=1 << 20):
-    """"4,8-10" as [4, 8, 9, 10], in order. ValueError if it says anything else."""
-    found = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not (first.isdigit() and (last.isdigit() or not dash)):
-            raise ValueError(f"{flag} {text}: expected whole numbers, like 64,256 or 4-15")
-        found += range(int(first), int(last or first) + 1)
-    if not found or not all(low <= n <= high for n in found):
-        raise ValueError(f"{flag} {text}: expected {low} to {high}")
-    return sorted(set(found))
+def numbers(text, flag):
+    """"256,64" as [64, 256]. ValueError if it says anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and 1 <= int(part) <= 1 << 20 for part in parts):
+        raise ValueError(f"{flag} {text}: expected whole numbers of 1 to {1 << 20}, like 64,256")
+    return sorted({int(part) for part in parts})
 
 
 def available(device):
@@ -766,7 +761,7 @@ class Options:
     new_tokens: int = option(32, "length of an answer", low=2)
     share: float = option(0.5, "of PAL's audio tokens, how many run the PLITS way (the speech "
                                "encoder's); the rest is written the LAL way", high=1)
-    lal_layers: str = option("all", "layers that read written audio, like 4-15")
+    lal_layers: str = option("all", "layers that read written audio, like 4: or ::2 or 0,4,8")
     frozen: bool = option(False, "train the audio tokens alone: stage 1")
     sweep: bool = option(True, "measure every mode in a process of its own")
     repeats: int = option(5, "runs whose median is taken, after one that does not count", low=1)
@@ -801,9 +796,7 @@ def settle(o):
     Na = "64,256" if small else "64,128,256,512,1024,2048"
     rows = [(a, t) for t in numbers(o.nt, "--nt") for a in
             numbers(Na if o.na == "auto" else o.na, "--na")]
-    last = c.num_hidden_layers - 1
-    layers = f"0-{last}" if o.lal_layers == "all" else o.lal_layers
-    layers = numbers(layers, "--lal-layers", 0, last)
+    layers = pick_layers(o.lal_layers, c.num_hidden_layers) or range(c.num_hidden_layers)
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if o.dtype == "auto" else o.dtype
     s = Settings(**{**asdict(o), "device": str(device), "dtype": dtype, "rows": tuple(rows),
                     "layers": tuple(layers), "batch": o.batch or (2 if small else 8),

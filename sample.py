@@ -400,14 +400,14 @@ def score_list(model, o):
     found = ask_all(model, model.features, asked, o.batch, max_new_tokens=o.max_new_tokens,
                     temperature=o.temperature, top_p=o.top_p, seed=o.seed)
     tell_fit(model, list(seconds.values()))
+    starts = range(0, len(found), len(items))
+    print_scores(items, {name: found[at:at + len(items)] for name, at in zip(columns, starts)})
     if o.out:
         told = [{"prompt": item["instruction"], "pred": answer, "ref": item["output"],
                  "audio_id": item["audio_id"], "mode": model.mode, "task": item["task"]}
                 for item, (answer, _) in zip(items, found)]
         save_atomically(o.out, json.dumps(told, indent=1, ensure_ascii=False).encode(),
                         lambda text, file: file.write(text))
-    starts = range(0, len(found), len(items))
-    print_scores(items, {name: found[at:at + len(items)] for name, at in zip(columns, starts)})
 
 
 # ------------------------------------------------------------------------------ what it heeds

@@ -201,7 +201,7 @@ def test_out_of_memory_is_a_row_and_the_sweep_goes_on(capsys):
 @pytest.mark.parametrize("words, options", [
     (["gpt-5", "llama-3.2-1b", "qwen2.5-1.5b"], ["--llm", "gpt-5"]),
     (["--na", "whole numbers"], ["--na", "12,x"]),
-    (["--lal-layers", "0 to 2"], ["--lal-layers", "1-3"]),
+    (["lal-layers", "0 to 2"], ["--lal-layers", "1-3"]),
     (["llama-3.2-1b", "4.9 GB", "1 GB"], ["--llm", "llama-3.2-1b", "--memory", "1"]),
     (["--peer", "pip install transformers"], ["--no-sweep", "--peer", *TINY]),
 ])
