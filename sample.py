@@ -179,7 +179,8 @@ def tell_fit(model, seconds):
             print(f"{kind} hears the first {window:g} s: the rest is cropped from {longer} of "
                   f"{len(seconds)} clips (the longest has {max(seconds):.1f} s)", file=sys.stderr)
         if shorter:
-            print(f"{kind} hears {window:g} s: silence is added to {shorter} of {len(seconds)} "
+            filling = "its own repetition" if kind == "clap" else "silence"
+            print(f"{kind} hears {window:g} s: {filling} is added to {shorter} of {len(seconds)} "
                   f"clips (the shortest has {min(seconds):.2f} s)", file=sys.stderr)
 
 
