@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import load_tensors
+from model import fill, load_tensors
 
 # ----------------------------------------------------------------------------------------- Files
 
@@ -609,20 +609,12 @@ def load_encoder(kind, path, dtype=torch.float32):
                          ) from None
     with torch.device("meta"):  # no memory for weights that are about to be replaced
         encoder = ENCODERS[kind](config)
-    wanted = encoder.state_dict() | {"bank": encoder.bank}
-    state.setdefault("bank", encoder.bank)  # only CLAP's files may bring their own
-    wrong = [f"{name} is missing" for name in wanted if name not in state]
-    wrong += [f"{name} is not known" for name in state if name not in wanted]
-    wrong += [f"{name} is {tuple(state[name].shape)}, not {tuple(wanted[name].shape)}"
-              for name in wanted if name in state and state[name].shape != wanted[name].shape]
-    if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{path}: not quite a {kind} encoder: {', '.join(wrong[:3])}{more}")
-    encoder.bank, encoder.source = state.pop("bank").float(), str(path)
-    for name in list(state):  # one by one: no more than one tensor is there twice
-        tensor = state.pop(name)
-        state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    encoder.load_state_dict(state, assign=True)
+    bank = state.pop("bank", encoder.bank)  # CLAP's files may bring their own
+    if bank.shape != encoder.bank.shape:
+        raise ValueError(f"{path}: its mel bank is {tuple(bank.shape)}, not "
+                         f"{tuple(encoder.bank.shape)}")
+    fill(encoder, state, f"{path}: not quite a {kind} encoder", dtype)
+    encoder.bank, encoder.source = bank.float(), str(path)
     return encoder.eval()
 
 

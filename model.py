@@ -291,7 +291,7 @@ def read_config(folder):
 
 
 def fill(module, tensors, source, dtype, device="cpu"):
-    """Make these tensors, which came from `source`, the module's own, and empty the dict.
+    """Make these tensors the module's own, and empty the dict; a complaint begins with `source`.
 
     Each goes straight to its dtype and device; one that is there already stays a map of the file.
     ValueError, one line: what is missing, unknown or misshapen.
@@ -299,14 +299,18 @@ def fill(module, tensors, source, dtype, device="cpu"):
     wanted = module.state_dict()
     wrong = [f"{name} is missing" for name in wanted if name not in tensors]
     for name, t in tensors.items():
-        if name not in wanted:
+        want = wanted.get(name)
+        if want is None:
             wrong.append(f"{name} does not belong there")
-        elif (t.shape, t.dtype.is_floating_point) != (wanted[name].shape, True):
-            wrong.append(f"{name} is {t.dtype} {list(t.shape)}, not {list(wanted[name].shape)}")
+        elif (t.shape, t.is_floating_point()) != (want.shape, want.is_floating_point()):
+            wrong.append(f"{name} is {t.dtype} {tuple(t.shape)}, not {tuple(want.shape)}")
     if wrong:
-        raise ValueError(f"{source}: {', '.join(wrong[:3])}{', and more' * (len(wrong) > 3)}")
-    module.load_state_dict({name: tensors.pop(name).to(device, dtype) for name in wanted},
-                           assign=True)
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{source}: {', '.join(wrong[:3])}{more}")
+    for name in wanted:  # one by one: no more than one tensor is there twice; counters stay whole
+        t = tensors.pop(name)
+        wanted[name] = t.to(device, dtype if t.is_floating_point() else None)
+    module.load_state_dict(wanted, assign=True)
 
 
 # ---------------------------------------------------------------------------- positions and cache

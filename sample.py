@@ -450,8 +450,8 @@ def listen(model, features, question, answer):
     "start", an encoder, or "text" (question and answer). All parts together sum to one.
     """
     if not all(isinstance(connector, MLPConnector) for connector in model.connectors.values()):
-        raise ValueError("only with the connector mlp, and not in mode flamingo, is each token that "
-                         "the LLM attends to of one encoder and one time")
+        raise ValueError("only with the connector mlp, and not in mode flamingo, is each token "
+                         "that the LLM attends to of one encoder and one time")
     ids = torch.tensor([model.tokenizer.chat(question)[1] + answer[:-1]], device=model.device)
     cache = model.hear([features])
     seen = attention(model.llm, lambda: model.llm(ids, cache=cache))

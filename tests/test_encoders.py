@@ -579,7 +579,7 @@ def test_a_missing_misshapen_or_unknown_tensor_is_named(name, theirs, ours, tmp_
 
     refusal({n: t for n, t in state.items() if n != theirs}, f"{ours} is missing")
     refusal(state | {theirs: state[theirs][:-1]}, f"{ours} is")
-    refusal(state | {theirs + ".more": JUNK}, ".more is not known")
+    refusal(state | {theirs + ".more": JUNK}, ".more does not belong")
 
 
 @pytest.mark.parametrize("form", ["whisper_hf bin", "sslam_hf safetensors", "clap_hf_fused bin"])

@@ -387,7 +387,8 @@ def test_the_likeliest_choice_is_that_of_each_choice_alone(checkpoint, batch):
 
 
 def test_a_list_is_answered_written_and_scored(call, checkpoint, sounds, refuses):
-    raw = [item(task="classification"), item("more/ä b.wav", output="a cat", task="classification"),
+    raw = [item(task="classification"),
+           item("more/ä b.wav", output="a cat", task="classification"),
            item(output="Two.", task="reasoning", choices=["One.", "Two."]),
            item(output="It barks.", task="captioning"), item(output="so ne", task="transcription")]
     (sounds / "q.json").write_text(json.dumps(raw))
