@@ -22,8 +22,9 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, partialmethod
-from itertools import count, groupby, islice, tee
+from itertools import chain, combinations, count, groupby, islice, tee
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -76,7 +77,8 @@ def curriculum(o):
 RATE = 16000                                   # samples per second
 SECONDS = 4.0                                  # length of every clip
 SPLITS = ("train", "val", "test")
-LOUD_NOISE = -19                               # dB; a background is well above this or well below
+DOMAINS = ("sound", "speech", "music")
+LOUD = 3.5                                     # dB above the mean; soft is as much below it
 
 
 def noise(rng, n, tint):
@@ -170,6 +172,28 @@ def rumble(rng, t):                            # rolling noise, low
 KINDS = {make.__name__: make for make in (siren, alarm, whistle, bird, bell, guitar, drum, clock,
                                           horn, buzzer, hiss, rumble)}
 
+
+# An instrument is the same with a pitch: a function of (pitch track (n,) in Hz, t).
+def piano(pitch, t):                           # struck, then dying away
+    return np.exp(-4 * t) * tone(pitch, 1, 0.5, 0.35, 0.2, 0.1)
+
+
+def flute(pitch, t):                           # nearly pure, and it wavers
+    return np.minimum(1, 15 * t) * tone(pitch * (1 + 0.01 * np.sin(35 * t)), 1, 0.15)
+
+
+def organ(pitch, t):                           # steady; octaves
+    return tone(pitch, 1, 0.9, 0, 0.8, 0, 0, 0, 0.7)
+
+
+def violin(pitch, t):                          # it swells; all overtones
+    return np.minimum(1, 5 * t) * tone(pitch * (1 + 0.006 * np.sin(38 * t)), *1 / np.arange(1, 13))
+
+
+INSTRUMENTS = {make.__name__: make for make in (piano, flute, organ, violin)}
+SCALE = 330 * 2 ** (np.array([0, 2, 4, 7, 9, 12, 14, 16]) / 12)  # Hz; from E on, five an octave
+
+
 # Speech is a source through a filter: the throat's pulses, or noise, coloured by the mouth's
 # resonances, the formants. A vowel is a place of the formants; a consonant is a way to get there.
 # A voice: its pitch is drawn between two, in Hz; its formants are a man's times a factor.
@@ -195,16 +219,16 @@ SYLLABLES = "ba di ku so ma ne ti lo sha fu ra we".split()
 
 
 def speak(rng, voice, syllables, t):
-    """[(syllable, start, end), ...] in seconds -> wave (n,), t seconds after the first start."""
+    """Events of one utterance -> wave (n,), t seconds after the first one's start."""
     low, high, factor = VOICES[voice]
     hop, n = 128, len(t)
     now = np.arange(n // hop + 2) * hop / RATE             # (frames,) one each 8 ms
     f = np.fft.rfftfreq(2 * hop, 1 / RATE).astype(np.float32)          # (bins,)
     places, voiced, hush = [], [], 0
-    for name, start, end in syllables:
-        length, hum, begin, loud, burst, *edges = CONSONANTS[name[:-1]]
-        goal = VOWELS[name[-1]]
-        start, end = start - syllables[0][1], end - syllables[0][1]
+    for e in syllables:
+        length, hum, begin, loud, burst, *edges = CONSONANTS[e.name[:-1]]
+        goal = VOWELS[e.name[-1]]
+        start, end = e.start - syllables[0].start, e.end - syllables[0].start
         vowel = start + length
         # the formants wait at the consonant's place, then glide to the vowel's within 60 ms
         places += [(start, *begin), (vowel, *begin), (vowel + 0.06, *goal), (end, *goal)]
@@ -235,54 +259,154 @@ def speak(rng, voice, syllables, t):
     return (pieces[1:, :hop] + pieces[:-1, hop:]).ravel()[:n]
 
 
+class Event(NamedTuple):
+    """A sound, a syllable, or what an instrument plays: notes one after another, or a chord."""
+    name: str
+    start: float                               # seconds
+    end: float
+    level: float = 0.0                         # dB
+    notes: tuple = ()                          # steps of SCALE
+    beat: float = 0.0                          # seconds from note to note; 0: all at once
+
+    @property
+    def way(self):
+        """Which way a melody goes, as an answer says it."""
+        rises = np.diff(self.notes) > 0
+        if self.notes and not self.beat:
+            return "a chord"
+        return (("down", "down and up"), ("up and down", "up"))[int(rises[0])][int(rises[-1])]
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How hard clips are: what is drawn between which bounds, and how often."""
+    sounds: tuple                              # fewest and most in a clip
+    syllables: tuple
+    notes: tuple                               # in a melody
+    mixed: float                               # share of speech with a sound in between
+    overlap: float                             # share of sounds that begin before the last one ends
+    phrases: float                             # share of music where two play, one after the other
+    noise: tuple                               # dB relative to the events: of half the clips, loud
+
+
+DIFFICULTIES = (Difficulty((1, 2), (2, 4), (3, 3), 0.0, 0.0, 0.0, (-24, -18)),
+                Difficulty((1, 3), (2, 5), (3, 4), 0.4, 0.25, 0.5, (-16, -10)),
+                Difficulty((2, 5), (3, 6), (3, 5), 0.6, 0.5, 0.7, (-12, -4)))
+
+
 def held_out(names):
     """Whether this sequence of sounds or syllables is kept for the test, as a fifth are."""
     return zlib.crc32(" ".join(names).encode()) % 5 == 0
 
 
-def scene(split, index, seed=0):
-    """What happens in clip `index` of a split, in words and seconds. Even: sounds. Odd: speech.
+def compose(rng, domain, count, level):
+    """Events of a clip, all of them at second 0 yet, and the pause after each, in seconds."""
+    def draw(names):
+        return list(names)[rng.integers(len(names))]
 
-    A test clip of two or more events is a sequence that train and val never contain: to answer, a
-    model must have learnt the parts, not the whole. 'noise' is in dB relative to the events.
+    if domain == "sound":
+        names = [draw(KINDS) for _ in range(count)]
+        if count > 2 and rng.random() < 0.3:   # or one would hardly ever come twice
+            names[2] = names[0]
+        events = [Event(name, 0, rng.uniform(0.35, min(1.1, 3 / count)), draw((-LOUD, LOUD)))
+                  for name in names]
+        pauses = [-0.45 * min(a.end, b.end) if rng.random() < level.overlap else 0.15
+                  for a, b in zip(events, events[1:])] + [0]
+    elif domain == "speech":
+        tempo = rng.uniform(0.38, 0.55 if count < 6 else 0.45)
+        events = [Event(draw(SYLLABLES), 0, tempo * rng.uniform(0.93, 1.07)) for _ in range(count)]
+        pauses = [0.02] * count
+        if rng.random() < level.mixed:         # a sound before, within or after what is said
+            at = rng.integers(count + 1)
+            events.insert(at, Event(draw(KINDS), 0, rng.uniform(0.35, 0.6)))
+            pauses = [0.02 if i + 1 != at and i != at else 0.15 for i in range(count + 1)]
+    else:
+        slow = bool(rng.integers(2))           # of two melodies one is slow, the other fast
+        events = []
+        for i in range(count):
+            n = int(rng.integers(level.notes[0], level.notes[1] + 1))
+            beat = rng.uniform(0.40, 0.46) if slow == (i == 0) else rng.uniform(0.24, 0.28)
+            notes = draw_melody(rng, n)
+            if rng.random() < 0.25:
+                notes, beat = tuple(sorted(rng.choice(8, 3, replace=False).tolist())), 0.0
+            events.append(Event(draw(INSTRUMENTS), 0, beat * n or 0.8, 0.0, notes, beat))
+        pauses = [0.25] * count
+    return events, pauses
+
+
+def draw_melody(rng, n):
+    """n different steps of the scale that rise, fall, or do one and then the other."""
+    turn, up = rng.choice([n - 1, rng.integers(1, n - 1)]), rng.random() < 0.5
+    notes = np.sort(rng.choice(8, n, replace=False))
+    peak, rest = notes[-1], rng.permutation(notes[:-1])
+    notes = np.r_[np.sort(rest[:turn]), peak, -np.sort(-rest[turn:])]
+    return tuple((notes if up else 7 - notes).tolist())
+
+
+def scene(split, index, seed=0, difficulty=1):
+    """What happens in clip `index` of a split, in words and seconds: sound, speech, music in turn.
+
+    A test clip of two or more events, or of music, is a sequence that train and val never contain:
+    to answer, a model must have learnt the parts, not the whole. 'noise' is in dB relative to the
+    events.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    speech = index % 2 == 1
-    names, fewest, most = (SYLLABLES, 2, 5) if speech else (list(KINDS), 1, 3)
-    count = int(rng.integers(fewest, most + 1))            # first, so that counts are uniform
-    while True:
-        chosen = [names[i] for i in rng.integers(len(names), size=count)]
-        stutter = any(a == b for a, b in zip(chosen, chosen[1:]))  # would sound like one
-        if not stutter and (count == 1 or held_out(chosen) == (split == "test")):
+    domain, level = DOMAINS[index % 3], DIFFICULTIES[difficulty]
+    fewest, most = {"sound": level.sounds, "speech": level.syllables}.get(
+        domain, (1, 1 + (rng.random() < level.phrases)))
+    count = int(rng.integers(fewest, most + 1)) if domain != "music" else most
+    while True:                                # counts come first, so that they are uniform
+        events, pauses = compose(rng, domain, count, level)
+        names = [e.name for e in events]
+        stutter = any(a == b for a, b in zip(names, names[1:])) and domain != "music"
+        if domain == "music":
+            names = [f"{e.name} {e.way} {len(e.notes)}" for e in events]
+        alone = len(names) == 1 and domain == "sound"
+        if not stutter and (alone or held_out(names) == (split == "test")):
             break
-    lengths = rng.uniform(0.35, 1.1, count)
-    if speech:                                             # one tempo for the whole clip
-        lengths = rng.uniform(0.38, 0.55) * rng.uniform(0.93, 1.07, count)
     # what is left of the time goes at random before, between and after the events
-    gap = 0.02 if speech else 0.15
-    ahead = np.cumsum(lengths + gap) - lengths - gap
-    spare = SECONDS - ahead[-1] - lengths[-1]
-    starts = ahead + np.sort(rng.uniform(0, spare, 1 if speech else count))
-    made = {"domain": "speech" if speech else "sound",
-            "events": [(name, round(float(start), 3), round(float(start + length), 3))
-                       for name, start, length in zip(chosen, starts, lengths)],
-            "noise": float(rng.uniform(-14, -8) if rng.random() < 0.5 else rng.uniform(-30, -24)),
+    ahead = np.cumsum([0] + [e.end + pause for e, pause in zip(events, pauses)])[:-1]
+    spare = SECONDS - ahead[-1] - events[-1].end
+    joined = domain == "speech"
+    shifts = np.sort(rng.uniform(0, spare, 1 if joined else len(events)))
+    for i, pause in enumerate(pauses[:-1]):    # what overlaps stays together
+        if pause < 0:
+            shifts[i + 1] = shifts[i]
+    starts = (ahead + shifts).round(3).tolist()
+    events = [e._replace(start=t, end=round(t + e.end, 3)) for e, t in zip(events, starts)]
+    low, high = level.noise
+    made = {"domain": domain, "events": events,
+            "noise": float(rng.uniform(low, high) if rng.random() < 0.5 else rng.uniform(-30, -24)),
             "key": int(rng.integers(1 << 62))}             # the seed of all that render() draws
-    return made | ({"voice": list(VOICES)[rng.integers(len(VOICES))]} if speech else {})
+    return made | ({"voice": list(VOICES)[rng.integers(len(VOICES))]} if joined else {})
+
+
+def play(e, t):
+    """What an instrument plays -> wave (n,)."""
+    make = INSTRUMENTS[e.name]
+    if not e.beat:
+        return sum(make(SCALE[note] + 0 * t, t) for note in e.notes)
+    which = np.minimum(t / e.beat, len(e.notes) - 1).astype(int)
+    u = t - which * e.beat                                 # time since the note began
+    fade = np.minimum(1, 100 * np.minimum(u, np.maximum(0, e.beat - u)))
+    return fade * make(SCALE[np.array(e.notes)[which]], u)
 
 
 def render(scene):
     """A scene -> its wave (samples,), float32 within [-1, 1], the same each time."""
     rng = np.random.default_rng(scene["key"])
     wave = np.zeros(int(SECONDS * RATE), np.float32)
-    speech = scene["domain"] == "speech"
-    for part in [scene["events"]] if speech else [[event] for event in scene["events"]]:
-        first, last = int(part[0][1] * RATE), int(part[-1][2] * RATE)
+    for said, part in groupby(scene["events"], key=lambda e: e.name in SYLLABLES or e):
+        part = list(part)                                  # one utterance, or one event
+        first, last = int(part[0].start * RATE), int(part[-1].end * RATE)
         t = np.arange(last - first, dtype=np.float32) / RATE
-        sound = speak(rng, scene["voice"], part, t) if speech else KINDS[part[0][0]](rng, t)
+        if said is True:
+            sound = speak(rng, scene["voice"], part, t)
+        else:
+            sound = play(said, t) if said.notes else KINDS[said.name](rng, t)
         sound = sound * np.minimum(1, 100 * np.minimum(t, t[::-1]))    # 10 ms fades: no clicks
-        loud = 10 ** (rng.uniform(-2, 2) / 20) / np.sqrt(np.mean(sound ** 2))
-        wave[first:last] = loud * sound                    # rms 1, give or take 2 dB
+        loud = 10 ** ((part[0].level + rng.uniform(-1, 1)) / 20) / np.sqrt(np.mean(sound ** 2))
+        wave[first:last] += loud * sound                   # rms 1, but for its level
     # the background is white, pink or brown: its power falls with 1, 1/f or 1/f^2
     colour = -int(rng.integers(3)) / 2
     tint = lambda f: np.maximum(f, 60) ** colour
@@ -291,71 +415,160 @@ def render(scene):
     return wave * np.float32(rng.uniform(0.3, 0.95) / np.abs(wave).max())
 
 
-# Each question has a few phrasings and one right answer. {x}, {y}: "the siren", "a siren" or "di".
-# 'after' and 'before' ask for the neighbour, 'order' compares any two.
+# What an answer may say of an event, in groups of which one word is true, or none.
+NUMBERS = "zero one two three four five six".split()
+ORDINALS = "first second third fourth fifth".split()
+GROUPS = (("loud", "soft"), ("up", "down", "up and down", "down and up", "a chord"),
+          tuple(NUMBERS[3:6]), tuple(ORDINALS), ("fast", "slow"))
+
+
+def traits(e):
+    """Of each of GROUPS the words that are true of an event, or ""."""
+    loud = ("loud" if e.level > 0 else "soft") if e.level else ""
+    if not e.beat:
+        return [loud, "a chord" if e.notes else "", "", "", ""]
+    return [loud, e.way, NUMBERS[len(e.notes)], ORDINALS[int(np.argmax(e.notes))],
+            "fast" if e.beat < 0.35 else "slow"]
+
+
+# Each question has a few phrasings and one right answer. {x} is "the siren", "a siren" or "di",
+# two of them, or what else is asked about. 'after' asks for the neighbour.
 PHRASINGS = {
     "what": "What do you hear?|What is in the audio?|What is in the clip?",
     "who": "Who is speaking?|Who is talking?|Whose voice is it?",
     "describe": "Describe the audio.|What happens in the audio?|Write a caption for the clip.",
     "words": "What is said?|Write down what is said.|Transcribe the speech.",
     "count": "How many {unit}s are there?|How many {unit}s do you hear?|Count the {unit}s.",
+    "times": "How often do you hear {x}?|How many times is there {x}?|How often is there {x}?",
     "first": "Which {unit} comes first?|What is the first {unit}?|Which {unit} do you hear first?",
     "last": "Which {unit} comes last?|What is the last {unit}?|Which {unit} do you hear last?",
+    "middle": "Which {unit} comes second?|What is the second {unit}?|Which {unit} is number two?",
+    "order": "In which order do {x} come?|Put {x} in order.|What is the order of {x}?",
     "after": "What comes right after {x}?|Which {unit} follows {x}?|What is next after {x}?",
-    "present": "Do you hear {x}?|Does the clip contain {x}?|Is {x} in the audio?"}
+    "present": "Do you hear {x}?|Does the clip contain {x}?|Is {x} in the audio?",
+    "louder": "Which is louder, {x}?|Which one is louder, {x}?|What is louder, {x}?",
+    "overlap": "Do {x} overlap?|Are {x} heard together?|Do {x} sound at the same time?",
+    "besides": "What is there besides the speech?|Which sound is with the speech?|What else sounds?",
+    "said after": "What is said after {x}?|Which words follow {x}?|What is said once {x} is over?",
+    "said before": "What is said before {x}?|Which words precede {x}?|What is said until {x}?",
+    "notes": "How many notes does {x} play?|Count the notes of {x}.|How many notes are by {x}?",
+    "way": "Which way does {x} go?|In which direction does {x} move?|How does {x} move?",
+    "top": "Which note of {x} is the highest?|Where is {x} highest?|Which is the top note of {x}?",
+    "chord": "Does {x} play a chord?|Do the notes of {x} sound together?|Is there a chord by {x}?",
+    "tempo": "Is the second melody faster or slower?|How fast is the second melody?",
+    "same": "Is the second instrument the same or different?|Same instrument twice, or different?"}
 TASKS = {"what": "classification", "who": "classification", "describe": "captioning",
          "words": "transcription"}             # all others are reasoning
-NUMBERS = "zero one two three four five".split()
 
 
 def a(noun):
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
+def the(noun):
+    return "the " + noun
+
+
+def listed(names, last):
+    """"the siren, the drum or the bell"."""
+    return f" {last} ".join(", ".join(names).rsplit(", ", 1))
+
+
 def questions(scene, rng):
     """Every question that has one right answer here, each in a phrasing drawn from rng.
 
     Returns dicts of task, instruction, output, domain. A list names every event in order of time:
-    "a drum, a bell and a drum". Yes or no is drawn first and the question made to fit.
+    "a drum, a bell and a drum". Of yes and no the rarer is always asked for, the other less often.
     """
-    speech = scene["domain"] == "speech"
-    names = [name for name, _, _ in scene["events"]]
-    asked = []
+    domain, events, asked = scene["domain"], scene["events"], []
+    unit, words = {"sound": ("sound", KINDS), "speech": ("syllable", SYLLABLES),
+                   "music": ("instrument", INSTRUMENTS)}[domain]
+    names = [e.name for e in events if e.name in words]
+    # a sound is "a siren", or "the siren" when the question takes it as known; a syllable is "di"
+    some, known = (names, names) if domain == "speech" else ([*map(a, names)], [*map(the, names)])
 
     def draw(choices):
         return choices[rng.integers(len(choices))]
 
     def ask(which, output, x=""):
-        text = draw(PHRASINGS[which].split("|"))
-        text = text.format(x=x, unit="syllable" if speech else "sound")
+        text = draw(PHRASINGS[which].split("|")).format(x=x, unit=unit)
         asked.append({"task": TASKS.get(which, "reasoning"), "instruction": text,
-                      "output": output, "domain": scene["domain"]})
+                      "output": output, "domain": domain})
 
-    # a sound is "a siren", or "the siren" when the question takes it as known; a syllable is "di"
-    some, the = (names, names) if speech else ([a(n) for n in names], ["the " + n for n in names])
-    if speech:
-        who = a(scene["voice"])
-        ask("what", who + " speaking")
+    if domain == "speech":
+        who, others = a(scene["voice"]), [(i, e) for i, e in enumerate(events) if e.name in KINDS]
+        ask("what", " and ".join([who + " speaking"] + [a(e.name) for _, e in others]))
         ask("who", who)
-        ask("describe", f'{who} says {" ".join(names)}.'.capitalize())
         ask("words", " ".join(names))
+        for i, e in others:
+            ask("besides", a(e.name))
+            for which, said in (("said before", names[:i]), ("said after", names[i:])):
+                if said:
+                    ask(which, " ".join(said), the(e.name))
     else:
-        ask("what", " and ".join(", ".join(some).rsplit(", ", 1)))
-        ask("describe", ", then ".join(some).capitalize() + ".")
-    ask("count", NUMBERS[len(names)])
-    absent = draw([name for name in (SYLLABLES if speech else KINDS) if name not in names])
+        ask("what", listed(some, "and"))
+    ask("describe", caption(scene))
+    absent = draw([name for name in words if name not in names])
     answer = draw(["yes", "no"])
-    ask("present", answer, draw(some) if answer == "yes" else absent if speech else a(absent))
-    if len(names) == 1:
+    ask("present", answer,
+        draw(some) if answer == "yes" else absent if domain == "speech" else a(absent))
+    if domain != "music":
+        ask("count", NUMBERS[len(names)])
+    if len(names) > 1:
+        ask("first", some[0])
+        ask("last", some[-1])
+    # what points at an event by its name must be the only one of that name
+    once = [i for i, name in enumerate(names) if names.count(name) == 1]
+    if domain == "music":
+        for i in once:
+            if events[i].beat:
+                _, way, number, top, _ = traits(events[i])
+                ask("notes", number, known[i])
+                ask("way", way, known[i])
+                ask("top", the(top), known[i])
+            if not events[i].beat or rng.random() < 0.4:
+                ask("chord", "no" if events[i].beat else "yes", known[i])
+        if len(names) == 2 and (not once or rng.random() < 0.4):
+            ask("same", "different" if once else "same")
+        if len(names) == 2 and all(e.beat for e in events):
+            ask("tempo", "slower" if events[0].beat < events[1].beat else "faster")
         return asked
-    ask("first", some[0])
-    ask("last", some[-1])
-    # the last one points at an event by its name, so it must be the only one of that name
-    once = [i for i, name in enumerate(names[:-1]) if names.count(name) == 1]
-    if once:
-        i = draw(once)
-        ask("after", some[i + 1], the[i])
+    if once and once[0] < len(names) - 1:
+        i = draw([i for i in once if i < len(names) - 1])
+        ask("after", some[i + 1], known[i])
+    if domain == "speech" or len(names) == 1:
+        return asked
+    if len(names) > 2:
+        ask("middle", some[1])
+        name = max(names, key=names.count)
+        if names.count(name) > 1 or rng.random() < 0.4:
+            ask("times", NUMBERS[names.count(name)], a(name))
+        if len(once) == len(names):
+            ask("order", ", ".join(known), listed(rng.permutation(known).tolist(), "and"))
+    pairs = [(i, j) for i, j in combinations(once, 2) if events[i].level != events[j].level]
+    if pairs:
+        loud, soft = sorted(draw(pairs), key=lambda i: -events[i].level)
+        ask("louder", known[loud], listed(rng.permutation([known[loud], known[soft]]), "or"))
+    pairs = [(i, i + 1) for i in once if i + 1 in once]
+    together = [(i, j) for i, j in pairs if events[j].start < events[i].end]
+    if together or pairs and rng.random() < 0.4:
+        ask("overlap", "yes" if together else "no",
+            listed([known[i] for i in draw(together or pairs)], "and"))
     return asked
+
+
+def caption(scene):
+    """A scene in one sentence, everything in order of time."""
+    parts = []
+    for said, part in groupby(scene["events"], key=lambda e: e.name in SYLLABLES or e):
+        e, words = said, " ".join(e.name for e in part)
+        if said is True:
+            parts.append(f"{a(scene['voice'])} says {words}")
+        elif e.beat:
+            parts.append(f"{a(e.name)} plays {NUMBERS[len(e.notes)]} notes {e.way}")
+        else:
+            parts.append(a(e.name) + " plays a chord" * bool(e.notes))
+    return ", then ".join(parts).capitalize() + "."
 
 
 def checklist(s, dice):
@@ -365,16 +578,21 @@ def checklist(s, dice):
     for it; from whole sentences, with the answer at their end, a small LLM would learn that only
     after hours. The few whole sentences teach to carry the answer to their end.
     """
-    names = [name for name, _, _ in s["events"]]
-    every = SYLLABLES if s["domain"] == "speech" else list(KINDS)
-    checks = []
-    for _ in range(4):
-        yes = dice.random() < 0.5
-        x = dice.choice(names if yes else [name for name in every if name not in names])
-        short = dice.random() < 0.75
-        noun = x if s["domain"] == "speech" else a(x)
-        whole = dice.choice(PHRASINGS["present"].split("|")).format(x=noun) + "\n"
-        checks.append((f" {x}" if short else whole, "yes" if yes else "no"))
+    events, checks = s["events"], []
+    names = [e.name for e in events]
+    words = {"sound": [*KINDS], "speech": [*SYLLABLES, *KINDS], "music": [*INSTRUMENTS]}
+    true = [f"{e.name} {trait}" for e in events for trait in traits(e) if trait]
+    false = [f"{e.name} {word}" for e in events for trait, group in zip(traits(e), GROUPS) if trait
+             for word in group]
+    false = [text for text in false if text not in true]
+    absent = [word for word in words[s["domain"]] if word not in names]
+    for n in range(4):
+        yes, about = dice.random() < 0.5, n % 2 == 0 and true
+        x = dice.choice((true if yes else false) if about else names if yes else absent)
+        whole = not about and dice.random() < 0.25
+        noun = x if x in SYLLABLES else a(x)
+        asked = dice.choice(PHRASINGS["present"].split("|")).format(x=noun) + "\n"
+        checks.append((asked if whole else f" {x}", "yes" if yes else "no"))
     once = [i for i, name in enumerate(names[:-1]) if names.count(name) == 1]
     for i in dice.permutation(once)[:2]:
         checks.append((f" after {names[i]}", names[i + 1]))
@@ -383,9 +601,9 @@ def checklist(s, dice):
 
 # ------------------------------------------------------------------------------------- data
 
-def world(split, clips, seed):
+def world(split, clips, seed, difficulty=1):
     """Clips of the listening world, see Questions.clips, and their questions: (clips, items)."""
-    scenes = [scene(split, i, seed) for i in range(clips)]
+    scenes = [scene(split, i, seed, difficulty) for i in range(clips)]
     items = []
     for i, s in enumerate(scenes):
         rng = np.random.default_rng([seed, SPLITS.index(split), i, 1])
@@ -902,10 +1120,10 @@ def watch(o):
     model.to(pick_device(o.device))
     question, steps = "What do you hear?", model.encoders["sslam"].grid[0]
     edges = torch.arange(steps + 1) * model.encoders["sslam"].seconds / steps
-    ones = (s for s in (scene("test", i, o.seed) for i in count(0, 2)) if len(s["events"]) == 1)
+    ones = (s for s in (scene("test", i, o.seed) for i in count(0, 3)) if len(s["events"]) == 1)
     falls, chances, right = [], [], 0
     for s in tqdm(islice(ones, o.test_clips), total=o.test_clips, desc="clips", mininterval=1):
-        (name, begin, end), = s["events"]
+        (name, begin, end, *_), = s["events"]
         features, = model.features([partial(clip_of_scene, s)])
         ids = model.llm.generate(model.tokenizer.chat(question)[1], 48,
                                  cache=model.hear([features]), eos_id=model.tokenizer.eos_id)
@@ -940,37 +1158,48 @@ def peak_memory(device):
 # ------------------------------------------------------------- what is known before the joining
 
 WINDOWS = {"whisper": 4, "sslam": 4, "clap": 1}  # tokens that a connector averages into one
-WORDS = {"whisper": SYLLABLES + ["."], "sslam": [*KINDS, *VOICES, "noise", "."]}
+WORDS = {"whisper": [*SYLLABLES, "sound", "."], "sslam": [*KINDS, *VOICES, *INSTRUMENTS, "."]}
 
 
-def heard(kind, s, times):
-    """What an encoder should hear in scene s at these times, a word each: whisper which syllable,
-    sslam which sound or whose voice, and behind them loud noise, or nothing (a dot)."""
-    return [word(kind, s, next((e for e in s["events"] if e[1] <= t < e[2]), None)) for t in times]
+def word(kind, s, events):
+    """The word for the first of some events of scene s to this kind of encoder; a dot for none.
 
-
-def word(kind, s, event):
-    """The word for one event, or for none (None), to the ear of this kind of encoder."""
-    speech = s["domain"] == "speech"
-    if event and speech:
-        return event[0] if kind == "whisper" else s["voice"]
-    if event and kind == "sslam":
-        return event[0]
-    return "noise" if kind == "sslam" and s["noise"] > LOUD_NOISE else "."
+    Whisper tells syllables apart, SSLAM who speaks, what sounds, which instrument plays.
+    """
+    if not events:
+        return "."
+    if events[0].name in SYLLABLES:
+        return events[0].name if kind == "whisper" else s["voice"]
+    return "sound" if kind == "whisper" else events[0].name
 
 
 def context(kind, s, times):
-    """For each time what is heard, what was and will be heard next to it, and how many events have
-    begun: what an encoder that attends to the whole clip knows, as the real ones do."""
-    rows = []
-    for now, t in zip(heard(kind, s, times), times):
-        before = [e for e in s["events"] if e[2] <= t]
-        after = [e for e in s["events"] if e[1] > t]
-        begun = len(s["events"]) - len(after)
-        names = (now, word(kind, s, before[-1] if before else None),
-                 word(kind, s, after[0] if after else None))
-        rows.append([WORDS[kind].index(name) for name in names] + [begun])
-    return rows
+    """What an encoder that attends to the whole clip knows of what sounds at each time, as numbers,
+    and how many there are of each: its word, that of what was and will be heard next to it, and how
+    many events or notes have begun; for SSLAM also a second sound, its traits, and its note. Of
+    silence it knows nothing, so that who asks has to look at the sound itself."""
+    sizes = [len(WORDS[kind])] * 3 + [7]
+    if kind == "sslam":
+        sizes += [len(WORDS[kind]), *(1 + len(group) for group in GROUPS), 9]
+
+    def row(t):
+        begun = [e for e in s["events"] if e.start <= t]
+        sounding = [e for e in reversed(begun) if t < e.end]
+        if not sounding:
+            return [WORDS[kind].index(".") if size == len(WORDS[kind]) else 0 for size in sizes]
+        last, past = sounding[0], [e for e in reversed(begun) if t >= e.end]
+        future = [e for e in s["events"] if e.start > t]
+        number = sum(e.name in SYLLABLES or s["domain"] != "speech" for e in begun)
+        if last.beat:
+            number = min(len(last.notes), 1 + int((t - last.start) / last.beat))
+        near = [WORDS[kind].index(word(kind, s, some))
+                for some in (sounding, past, future, sounding[1:])]
+        if kind == "whisper":
+            return near[:3] + [number]
+        known = [("", *group).index(trait) for group, trait in zip(GROUPS, traits(last))]
+        return near[:3] + [number, near[3], *known, 1 + last.notes[number - 1] if last.beat else 0]
+
+    return [row(t) for t in times], sizes
 
 
 def fit(model, loss_of, steps, lr, what):
@@ -991,7 +1220,7 @@ def fit(model, loss_of, steps, lr, what):
 
 def teach(kind, steps, o):
     """A miniature encoder that has learnt to tell what sounds when: see `context`."""
-    encoder, words = make_encoder(kind), WORDS[kind]
+    encoder = make_encoder(kind)
     with torch.no_grad():  # or the positions, whose size is fixed, would drown what is heard
         for name, p in encoder.named_parameters():
             if name in ("conv1.weight", "conv2.weight"):
@@ -1004,9 +1233,9 @@ def teach(kind, steps, o):
     for i in tqdm(range(o.hear_clips), desc=f"clips for {kind}", mininterval=1):
         s = scene("train", i, o.seed)
         fronts.append(encoder.front_end(torch.from_numpy(render(s))[None]))
-        truth.append(context(kind, s, times))
+        rows, sizes = context(kind, s, times)
+        truth.append(rows)
     fronts, truth = torch.cat(fronts), torch.tensor(truth)
-    sizes = (len(words), len(words), len(words), 6)  # now, before, after; begun so far
     head = nn.Linear(encoder.width, sum(sizes))  # lives only here
 
     def loss_of(step):
@@ -1014,7 +1243,7 @@ def teach(kind, steps, o):
         # what a connector will average is to know what sounds at its time, in whichever band
         logits = head(encoder(fronts[batch])[:, encoder.extra:])  # (B, T * bands, sum(sizes))
         logits = logits.unflatten(1, (T, -1, min(bands, WINDOWS[kind]))).mean(3)
-        told = truth[batch][:, :, None].expand(*logits.shape[:-1], 4)
+        told = truth[batch][:, :, None].expand(*logits.shape[:-1], len(sizes))
         return sum(F.cross_entropy(part.flatten(0, 2), told[..., i].flatten())
                    for i, part in enumerate(logits.split(sizes, dim=-1)))
 
@@ -1022,11 +1251,44 @@ def teach(kind, steps, o):
     return encoder
 
 
+def match(steps, o):
+    """A miniature CLAP that has learnt which clip goes with which words, in any order (contrastive,
+    Radford et al. 2021; the text tower is a bag of words and lives only here)."""
+    encoder = make_encoder("clap")
+    scenes = [scene("train", i, o.seed) for i in range(o.hear_clips)]
+    bags = [sorted(set(diary(s).split())) for s in scenes]
+    names = {name: i for i, name in enumerate(sorted(set(chain(*bags))))}
+    fronts = torch.cat([encoder.front_end(torch.from_numpy(render(s))[None])
+                        for s in tqdm(scenes, desc="clips for clap", mininterval=1)])
+    words, ears = nn.Linear(len(names), 64), nn.Linear(encoder.width, 64)
+    scale = nn.Parameter(torch.tensor(2.5))
+    told = torch.zeros(len(bags), len(names))
+    for row, bag in zip(told, bags):
+        row[[names[name] for name in bag]] = 1
+
+    def loss_of(step):
+        batch = torch.randint(len(fronts), (32,))
+        heard = F.normalize(ears(encoder(fronts[batch]).mean(1)), dim=-1)  # (B, 64)
+        likeness = scale.exp() * heard @ F.normalize(words(told[batch]), dim=-1).T  # (B, B)
+        own = torch.arange(len(batch))
+        return F.cross_entropy(likeness, own) + F.cross_entropy(likeness.T, own)
+
+    fit(nn.ModuleList([encoder, words, ears, nn.ParameterList([scale])]), loss_of, steps, 2e-3,
+        "clap learns to match")
+    return encoder
+
+
 def diary(s):
-    """What happens in a scene, in words and in order: what is said, whose voice or which sounds."""
-    middles = [(start + end) / 2 for _, start, end in s["events"]]
-    words = heard("whisper", s, middles) + heard("sslam", s, middles) + heard("sslam", s, [-1])
-    return "".join(" " + word for word, _ in groupby(words))
+    """What happens in a scene, in words and in order: what is said, then what else is heard."""
+    told, last = [], None
+    if s["domain"] == "speech":
+        told = [word("whisper", s, [e]) for e in s["events"]]
+    for e in s["events"]:
+        if word("sslam", s, [e]) != s.get("voice") or last is None or last.name in KINDS:
+            told += ["with"] * bool(last and e.start < last.end)
+            told += [word("sslam", s, [e]), *filter(None, traits(e))]
+        last = e
+    return "".join(" " + word for word in told)
 
 
 def read_world(o):
@@ -1072,7 +1334,8 @@ def prepare(o):
     torch.manual_seed(o.seed)
     tokenizer, llm = read_world(o)
     parts = {"llm": llm, "whisper": teach("whisper", o.hear_steps, o),
-             "sslam": teach("sslam", 2 * o.hear_steps, o)}  # the harder lesson
+             "sslam": teach("sslam", 2 * o.hear_steps, o),  # the harder lesson
+             "clap": match(o.hear_steps, o)}
     half = {name: {k: v.half() for k, v in part.state_dict().items()}
             for name, part in parts.items()}
     save_atomically(o.base, {"format": BASE, "llm_config": asdict(llm.config), "state": half,
@@ -1137,8 +1400,9 @@ class Options:
     clap: str = option(None, "a public CLAP checkpoint")
     seed: int = option(0, "of the world, the connectors and the order of the questions")
     clips: int = option(4500, "training clips of the listening world", low=1)
-    test_clips: int = option(200, "test clips of the listening world, about nine questions each",
+    test_clips: int = option(240, "test clips of the listening world, about nine questions each",
                              low=1)
+    difficulty: int = option(1, "of the listening world: more events, overlap and noise", high=2)
     batch: int = option(32, "questions a step", low=1)
     steps1: int = option(200, "steps of stage 1: connectors alone, classification")
     steps2: int = option(500, "steps of stage 2: LLM and connectors, closed questions")
@@ -1166,8 +1430,8 @@ class Options:
     watch: str = option(None, "say how much a checkpoint looks at the sounds it names, and stop")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
     read_steps: int = option(3000, "with --prepare: steps of the LLM's reading")
-    hear_clips: int = option(3000, "with --prepare: clips the encoders learn from", low=1)
-    hear_steps: int = option(750, "with --prepare: steps of Whisper, and half of SSLAM's")
+    hear_clips: int = option(4500, "with --prepare: clips the encoders learn from", low=1)
+    hear_steps: int = option(750, "with --prepare: steps of Whisper and CLAP, half of SSLAM's")
 
 
 def main(o):
@@ -1193,7 +1457,7 @@ def main(o):
             print("no --val-data: the scores below are on the training questions themselves")
     else:
         train_data, val_data, test_data = (
-            world(split, clips, o.seed)
+            world(split, clips, o.seed, o.difficulty)
             for split, clips in (("train", o.clips), ("val", 30), ("test", o.test_clips)))
         with_ids(model, train_data[1])
     if not any(len(lessons(stage, train_data[1])[0]) for stage in curriculum(o)

@@ -801,12 +801,12 @@ def test_a_step_of_lal_takes_half_the_time_of_one_of_plits_or_less(base):
 @pytest.mark.parametrize("where, share", [("sound", 100.0), ("anywhere", None)])
 def test_watch_says_how_much_falls_on_the_sound(where, share, call, checkpoint, monkeypatch):
     """All of it, if all of it does; and if it falls anywhere alike, as much as by chance."""
-    ones = [s for s in (train.scene("test", i, 0) for i in range(0, 60, 2))
+    ones = [s for s in (train.scene("test", i, 0) for i in range(0, 60, 3))
             if len(s["events"]) == 1][:3]
     clips = iter(ones)
 
     def told(model, features, question, ids):
-        (_, begin, end), = next(clips)["events"]
+        (_, begin, end, *_), = next(clips)["events"]
         steps = model.encoders["sslam"].grid[0]
         edges = torch.linspace(0, train.SECONDS, steps + 1)
         fall = torch.ones(steps)
@@ -818,7 +818,7 @@ def test_watch_says_how_much_falls_on_the_sound(where, share, call, checkpoint, 
     code, text, _ = call(train, "--watch", checkpoint, "--test-clips", 3, "--device", "cpu")
     rows = {line[:12].strip(): [float(x.rstrip("%")) for x in line[12:].split()]
             for line in text.splitlines() if "%" in line}
-    chance = np.mean([(e - b) / train.SECONDS for s in ones for _, b, e in s["events"]])
+    chance = np.mean([(e - b) / train.SECONDS for s in ones for _, b, e, *_ in s["events"]])
     assert code == 0 and abs(rows["chance"][1] - 100 * chance) < 0.06
     for label in ("attention", "in layer 1", "in layer 4"):
         assert abs(rows[label][1] - (share or rows["chance"][1])) < 0.11
