@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from encoders import ENCODERS, MLP, load_encoder
+from encoders import ENCODERS, load_encoder
 from model import (FAR, LLM, KVCache, LLMConfig, end, place, read_tokenizer, rotary, rotate,
                    visibility)
 
@@ -186,8 +186,9 @@ def pool(tokens, window):
     return F.avg_pool1d(tokens.T[None].float(), window, ceil_mode=True)[0].T.to(tokens.dtype)
 
 
-def two_layers(width, out):
-    return nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
+def two_layers(width, out, inner=None):
+    inner = inner or out
+    return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, out))
 
 
 class MLPConnector(nn.Module):
@@ -209,14 +210,16 @@ class Cross(nn.Module):
     """A layer that listens: x + a W_o softmax(q k^T / sqrt(d)) v, then x + b MLP(LN x).
 
     q is of LN x (B, L, W); k and v are of several sources, each with its own weights, in one
-    softmax. a and b are 1, or if gated tanh of what is learnt from 0 on (Flamingo).
+    softmax. a and b are 1, or if gated tanh of what is learnt from 0 on (Flamingo). The MLP is as
+    wide as x inside, Cambrian-1's; Flamingo's is four times as wide.
     """
 
     def __init__(self, width, sources, heads, gated=False):
         super().__init__()
         self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.out, self.mlp = nn.Linear(width, width), nn.Linear(width, width), MLP(width)
+        self.q, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.kv = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(sources))
+        self.mlp = two_layers(width, width, 4 * width if gated else width)
         self.gates = nn.Parameter(torch.zeros(2)) if gated else None
 
     def remember(self, sources):
@@ -276,12 +279,13 @@ class LFST(QFormer):
     def forward(self, features, lengths):
         (T, bands), masks, ends = self.shape, [], []
         for x, n, (steps, own, share) in zip(features, lengths, self.spans):
-            heard = there(x, n).unflatten(1, (-1, own))[..., 0]  # (B, steps up to the longest's)
+            # (1 or B, steps of the longest): clips that are as long as each other share one mask
+            heard = there(x[:1] if n is None else x, n).unflatten(1, (-1, own))[..., 0]
             time = near(T, steps, share, heard)
             band = near(bands, own, 1, heard.new_ones(1, own))
-            mask = time[:, :, None, :, None] & band[:, None, :, None]  # (B, T, bands, steps, own)
-            masks.append(mask.flatten(3).flatten(1, 2))
-            ends.append((T * heard.sum(1) / steps * share).ceil())  # (B,)
+            mask = time[:, :, None, :, None] & band[:, None, :, None]  # (., T, bands, steps, own)
+            masks.append(mask.flatten(3).flatten(1, 2).expand(len(x), -1, -1))
+            ends.append((T * heard.sum(1) / steps * share).ceil().expand(len(x)))  # (B,)
         latents, mask = self.queries.expand(T * bands, -1), torch.cat(masks, dim=2)[:, None]
         x = self.listen(latents, features, mask).unflatten(1, (T, bands))  # (B, T, bands, D)
         x = torch.cat([x, self.newline.expand(len(x), T, 1, -1)], dim=2)

@@ -250,7 +250,7 @@ def listening(layer, x, heard, gates=(1, 1)):
         mixed.append(sum(w * v[W:][part] for w, v in zip(weights / weights.sum(), kv)))
     x = x + gates[0] * linear(layer.out, torch.cat(mixed))
     inner = layer_norm(layer.norm2, x)
-    return x + gates[1] * linear(layer.mlp.fc2, gelu(linear(layer.mlp.fc1, inner)))
+    return x + gates[1] * two(layer.mlp, inner)
 
 
 def token_of(connector, query, heard):
