@@ -12,8 +12,12 @@ command-line options made from the fields of a dataclass.
 import argparse
 import json
 import math
+import os
 import re
 import sys
+import tempfile
+import zlib
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -103,68 +107,114 @@ def pick_device(name):
 
 # -------------------------------------------------------------------------- lists of questions
 
-def read_items(path, audio_root=None):
-    """Read an LTU-style JSON list, or JSONL, of {audio_id, instruction, output, ...}.
+class Questions:
+    """The items of an LTU-style list, JSONL or JSON, each read from its file when asked for.
 
-    audio_id is a path relative to audio_root (default: the file's own folder). An `input`, if there
-    is one, is added to the instruction. `choices`, if there are any, are texts, the output one of
-    them. Returns dicts with audio (Path), audio_id, instruction, output, task, dataset, choices.
-    ValueError names the item and what is wrong with it. Format: LTU's OpenAQA.
+    An item is an object with audio_id, a path relative to audio_root (default: the file's own
+    folder), instruction, output, and if you like input, which is added to the instruction, task,
+    dataset, and choices, texts that the output is one of. Format: LTU's OpenAQA. Every item is
+    checked at once; those with a mistake are told of, or, with skip_bad, told of and left out. In
+    memory stay, for each item, where its line begins, its length, and a number for its task: 14
+    bytes. `mark` changes when the list does.
     """
-    root = Path(audio_root) if audio_root else Path(path).parent
-    return [as_item(raw, path, f"item {i}", root) for i, raw in enumerate(read_json(path))]
+
+    def __init__(self, path, audio_root=None, skip_bad=False):
+        self.path, self.root = path, Path(audio_root or Path(path).parent)
+        self.starts, self.sizes, self.numbers = array("q"), array("i"), array("H")
+        self.tasks, problems, bad, crc, end = {}, [], 0, 0, 0
+        self.file, name, first = open(path, "rb"), "line", 1
+        if self.file.read(99).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            self.file, name, first = as_lines(path), "item", 0
+        self.file.seek(0)
+        for n, line in enumerate(tqdm(self.file, "questions", leave=False, delay=1), first):
+            start, end, crc = end, end + len(line), zlib.crc32(line, crc)
+            if not line.strip():
+                continue
+            try:
+                task = self.item(line, f"{name} {n}")["task"]
+            except ValueError as e:
+                bad += 1
+                if bad <= 10:
+                    problems.append(str(e))
+                continue
+            self.starts.append(start)
+            self.sizes.append(len(line))
+            self.numbers.append(self.tasks.setdefault(task, len(self.tasks)))
+        if bad == 1 and not skip_bad:
+            raise ValueError(problems[0])
+        if bad:
+            told = f"{path}: {bad} items cannot be used, the first {len(problems)} are above"
+            print(*problems, sep="\n", file=sys.stderr)
+            if not skip_bad:
+                raise ValueError(f"{told}; --skip-bad goes on without them")
+            print(f"{told}; {len(self)} stay", file=sys.stderr)
+        if not self.starts:
+            raise ValueError(f"{path}: empty: expected a list of questions")
+        self.mark = f"{len(self)} items, checksum {crc:08x}"
+
+    def item(self, line, name):
+        """The item in a line of JSON, checked; `name` is what a complaint calls it."""
+        where = f"{self.path}: {name}"
+        try:
+            raw = json.loads(line)
+        except ValueError as e:  # JSONDecodeError or UnicodeDecodeError
+            raise ValueError(f"{where} is not JSON ({getattr(e, 'msg', 'not text')})") from None
+        if not isinstance(raw, dict):
+            raise ValueError(f"{where} is {type(raw).__name__}, not an object")
+        for field_name in ("audio_id", "instruction", "output", "input", "task", "dataset"):
+            text = raw.get(field_name) or ""
+            # half of a cut emoji is valid JSON, but no character
+            if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+                raise ValueError(f"{where}: its field {field_name!r} is not text")
+            if field_name in ("audio_id", "instruction", "output") and not text.strip():
+                raise ValueError(f"{where} has no text in its field {field_name!r}")
+        choices = raw.get("choices") or []
+        if choices and (not isinstance(choices, list) or raw["output"] not in choices
+                        or not all(isinstance(c, str) and c.strip() for c in choices)):
+            raise ValueError(f"{where}: its field 'choices' is not a list of texts that has its "
+                             "output among them")
+        audio = self.root / raw["audio_id"]
+        if not audio.is_file():
+            raise ValueError(f"{where}: no such audio file: {audio}")
+        return {"clip": audio, "audio_id": raw["audio_id"], "output": raw["output"].strip(),
+                "instruction": f"{raw['instruction'].strip()} {raw.get('input') or ''}".strip(),
+                "task": raw.get("task") or "question", "choices": [c.strip() for c in choices],
+                "domain": raw.get("dataset") or Path(self.path).stem}
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, i):  # pread: data workers share the file, so it must have no position
+        return self.item(os.pread(self.file.fileno(), self.sizes[i], self.starts[i]), f"item {i}")
+
+    def clips(self):
+        """{clip: function rate -> (samples,)} of all items."""
+        return {item["clip"]: partial(load_audio, item["clip"]) for item in self}
 
 
-def as_item(raw, path, name, root):
-    """One item of the list in `path`, checked; `name` is what a complaint calls it."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: {name} is {type(raw).__name__}, not an object")
-    for field_name in ("audio_id", "instruction", "output"):
-        if not isinstance(raw.get(field_name), str) or not raw[field_name].strip():
-            raise ValueError(f"{path}: {name} has no text in its field {field_name!r}")
-    for field_name in ("audio_id", "instruction", "output", "input", "task", "dataset"):
-        text = raw.get(field_name) or ""
-        # half of a cut emoji is valid JSON, but no character
-        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"{path}: the field {field_name!r} of {name} is not text")
-    choices = raw.get("choices") or []
-    if choices and (not isinstance(choices, list) or raw["output"] not in choices
-                    or not all(isinstance(c, str) and c.strip() for c in choices)):
-        raise ValueError(f"{path}: the field 'choices' of {name} is not a list of texts that has "
-                         "its output among them")
-    audio = root / raw["audio_id"]
-    if not audio.is_file():
-        raise ValueError(f"{path}: {name}: no such audio file: {audio}")
-    question = f"{raw['instruction'].strip()} {raw.get('input') or ''}".strip()
-    return {"audio": audio, "audio_id": raw["audio_id"], "instruction": question,
-            "output": raw["output"].strip(), "task": raw.get("task") or "question",
-            "dataset": raw.get("dataset") or Path(path).stem,
-            "choices": [c.strip() for c in choices]}
-
-
-def read_json(path):
-    """The list in a JSON file, or the lines of a JSONL file. ValueError if neither, or empty."""
+def as_lines(path):
+    """A JSON list as a nameless temporary file of JSONL, so that there is one way to read both."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # Windows puts a mark in front
-    except OSError as e:
-        raise ValueError(f"{path}: cannot be read ({e.strerror})") from None
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows puts a mark there
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file") from None
-    if text.lstrip().startswith("["):
-        lines = [(1, text)]
-    else:
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    found = []
-    for n, line in lines:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as e:
-            line_number = n + e.lineno - 1
-            raise ValueError(f"{path}: line {line_number} is not JSON ({e.msg})") from None
-    items = found[0] if text.lstrip().startswith("[") else found
-    if not items:
-        raise ValueError(f"{path}: empty")
-    return items
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: line {e.lineno} is not JSON ({e.msg})") from None
+    file = tempfile.TemporaryFile()
+    file.writelines(json.dumps(raw).encode() + b"\n" for raw in found)
+    return file
+
+
+def timed(clips):
+    """Clips as of Questions.clips, and a dict that gets the seconds of each when it is read."""
+    seconds = {}
+
+    def read(name, rate):
+        wave = clips[name](rate)
+        seconds[name] = len(wave) / rate
+        return wave
+
+    return {name: partial(read, name) for name in clips}, seconds
 
 
 # --------------------------------------------------------------------------------------- asking
@@ -310,7 +360,7 @@ def measures(task, items, found):
     said, written = [plain(a) for a in answers], [plain(t) for t in truth]
     ones, together = np.ones(len(items)), np.zeros(len(items), int)
     if task == "captioning":
-        clips = [item["audio"] for item in items]
+        clips = [item["clip"] for item in items]
         times = Counter(clips)  # a clip with many captions counts as often as one with one
         share = np.array([1 / times[clip] for clip in clips])
         return {"CIDEr-D": (share * cider_d(said, written, clips), share, together)}
@@ -352,13 +402,14 @@ def print_scores(items, given):
     """Print each measure by dataset and task. given: {column: `found` of all items}."""
     print(f"{'dataset':<16}{'task':<16}{'questions':>9}  {'measure':<29}"
           + "".join(f"{column:<24}" for column in given))
-    for dataset, task in sorted({(item["dataset"], item["task"]) for item in items}):
-        which = [i for i, item in enumerate(items)
-                 if (item["dataset"], item["task"]) == (dataset, task)]
+    rows = {}
+    for i, item in enumerate(items):
+        rows.setdefault((item["domain"], item["task"]), []).append(i)
+    for (dataset, task), which in sorted(rows.items()):
         some = [items[i] for i in which]
         columns = [measures(task, some, [found[i] for i in which]) for found in given.values()]
         for name in columns[0]:
-            cells = [bootstrap([str(item["audio"]) for item in some], *column[name])
+            cells = [bootstrap([str(item["clip"]) for item in some], *column[name])
                      for column in columns]
             print(f"{dataset:<16}{task:<16}{len(which):>9}  {name:<29}" + "".join(
                 f"{f'{s:.3f} [{low:.3f}, {high:.3f}]':<24}" for s, low, high in cells))
@@ -366,37 +417,24 @@ def print_scores(items, given):
 
 def score_list(model, o):
     """Ask all questions of a list, write the answers as LTU does, print how good they are."""
-    items, seconds = read_items(o.data, o.audio_root), {}
     if o.out and (Path(o.out).is_dir() or Path(o.out).resolve() == Path(o.data).resolve()):
         raise ValueError(f"--out {o.out}: is a folder, or the list itself: name a new file")
-    labels, first = {}, {}  # of each dataset; the first item about each clip
-    for i, item in enumerate(items):
-        first.setdefault(item["audio"], i)
-        if item["task"] == "classification":
-            labels.setdefault(item["dataset"], set()).add(item["output"])
-    labels = {dataset: sorted(outputs) for dataset, outputs in labels.items()}
-    for item in items:
-        if item["task"] == "classification":
-            item["choices"] = item["choices"] or labels[item["dataset"]]
-
-    def sound(i, rate):
-        try:
-            wave = load_audio(items[i]["audio"], rate)
-        except ValueError as e:
-            raise ValueError(f"{o.data}: item {i}: {e}") from None
-        seconds[i] = len(wave) / rate
-        return wave
-
-    clips = {path: partial(sound, i) for path, i in first.items()}
+    questions = Questions(o.data, o.audio_root, o.skip_bad)
+    items, (clips, seconds), labels = list(questions), timed(questions.clips()), {}
+    graded = [item for item in items if item["task"] == "classification"]
+    for item in graded:  # whose choices are by default all labels of its dataset
+        labels.setdefault(item["domain"], {})[item["output"]] = None
+    for item in graded:
+        item["choices"] = item["choices"] or sorted(labels[item["domain"]])
     columns = {"model": clips}
     if o.controls:
-        other = wrong_clips({item["audio"]: item["dataset"] for item in items})
+        other = wrong_clips({item["clip"]: item["domain"] for item in items})
         # silence of the same length; a list about one clip alone has no wrong clip
         columns["deaf"] = {path: lambda rate, clip=clip: torch.zeros_like(clip(rate))
                            for path, clip in clips.items()}
         if other:
             columns["wrong clip"] = {path: clips[other[path]] for path in clips}
-    asked = [(column[item["audio"]], item["instruction"], item["choices"])
+    asked = [(column[item["clip"]], item["instruction"], item["choices"])
              for column in columns.values() for item in items]
     found = ask_all(model, model.features, asked, o.batch, max_new_tokens=o.max_new_tokens,
                     temperature=o.temperature, top_p=o.top_p, seed=o.seed)
@@ -564,7 +602,7 @@ def draw_masks(path):
 
 def draw_curves(folder):
     """Loss and accuracy of a run of train.py, from its metrics.jsonl, as FOLDER/curves.png."""
-    lines = read_json(f"{folder}/metrics.jsonl")
+    lines = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
     steps = [line for line in lines if "loss" in line]
     checks = [line for line in lines if "validation" in line]
     (left, right), save = canvas(1, 2, figsize=(10, 3.5))
@@ -597,6 +635,7 @@ class Options:
     prompt: str = option(None, "one question; without it, ask on the terminal")
     data: str = option(None, "a list of questions to answer and score, JSON or JSONL")
     audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
+    skip_bad: bool = option(False, "go on without the items of --data that cannot be used")
     out: str = option(None, "with --data: where to write the answers, as JSON")
     controls: bool = option(False, "with --data: also score it deaf, and hearing a wrong clip")
     batch: int = option(32, "with --data: clips heard, and questions asked, at a time", low=1)

@@ -40,37 +40,52 @@ from encoders import load_audio, load_encoder, make_encoder, resample, save_wav
 from integrate import (FORMAT, MODES, Arm, AudioLLM, from_bytes, load_checkpoint, run,
                        save_atomically, stack, to_bytes)
 from model import LLM, LLMConfig, load_tokenizer, read_tokenizer, train_tokenizer
-from sample import (as_item, ask_all, command_line, listen, on_grid, option, pick_device, read_json,
-                    tell_fit, words, wrong_clips)
+from sample import (Questions, ask_all, command_line, listen, on_grid, option, pick_device,
+                    tell_fit, timed, words, wrong_clips)
 
 # ---------------------------------------------------------------------------------- the curriculum
-
-LEARNING_RATES = dict.fromkeys(MODES, 1e-3)    # from a sweep, see the README
-REAL_LLM_RATE = 1e-4                           # LTU's, for an LLM that has much to forget
-
 
 @dataclass(frozen=True)
 class Stage:
     name: str
-    rates: dict  # part that is trained: its peak learning rate
     tasks: tuple | None  # None: all
-    steps: int
+    rates: dict  # part of the model that is trained: its peak learning rate
+    batch: int  # questions a step
+    steps: int = 0
+    epochs: float = 0.0  # passes over the stage's questions, instead of steps
+
+
+# The paper's three stages (version 1, section on training): for the listening world, in miniature,
+CLOSED = ("classification", "reasoning", "checklist")
+SMALL = (Stage("1", ("classification",), {"connectors": 3e-3}, 32, steps=200),
+         Stage("2", CLOSED, {"connectors": 3e-3, "llm": 1e-3}, 32, steps=500),
+         Stage("3", None, {"connectors": 3e-3, "llm": 1e-3}, 32, steps=1800))
+# and for a real LLM, which has much to forget, at LTU's rates.
+REAL = (Stage("1", ("classification",), {"connectors": 1e-3}, 256, epochs=2),
+        Stage("2", CLOSED, {"connectors": 1e-4, "llm": 1e-4}, 256, epochs=1),
+        Stage("3", None, {"connectors": 1e-4, "llm": 1e-4}, 256, epochs=1))
+LEARNING_RATES = dict.fromkeys(MODES, 1e-3)  # of the small LLM, from a sweep, see the README
 
 
 def curriculum(o):
-    """The paper's three stages in miniature (version 1, section on training)."""
-    lr = o.lr or (REAL_LLM_RATE if o.llm else LEARNING_RATES[o.mode])
-    new = o.connector_lr  # the connectors are new, the LLM knows something
-    both = {"connectors": new or 3 * lr, "llm": lr}
-    if o.freeze == "llm":
-        del both["llm"]
-    stages = (Stage("1", {"connectors": new or 3e-3}, ("classification",), o.steps1),
-              Stage("2", both, ("classification", "reasoning", "checklist"), o.steps2),
-              Stage("3", both, None, o.steps3))
-    if not o.tasks:
-        return stages
-    tasks = None if o.tasks == "all" else tuple(o.tasks.split(","))
-    return [replace(stage, tasks=tasks) for stage in stages]
+    """The stages, with what the options change in them."""
+    stages, lr = [], o.lr or (0 if o.llm else LEARNING_RATES[o.mode])
+    for stage, steps in zip(REAL if o.llm else SMALL, (o.steps1, o.steps2, o.steps3)):
+        rates, tasks = dict(stage.rates), stage.tasks
+        if lr and "llm" in rates:  # the connectors' rate keeps its ratio to it
+            rates = {part: rate * lr / rates["llm"] for part, rate in rates.items()}
+        if o.connector_lr:
+            rates["connectors"] = o.connector_lr
+        if o.freeze == "llm":
+            rates.pop("llm", None)
+        if o.tasks:
+            tasks = None if o.tasks == "all" else tuple(o.tasks.split(","))
+        epochs = o.epochs or (stage.epochs if steps is None else 0)
+        if steps is not None:
+            stage = replace(stage, steps=steps)
+        stages.append(replace(stage, tasks=tasks, rates=rates, batch=o.batch or stage.batch,
+                              epochs=0 if steps == 0 else epochs))
+    return stages
 
 
 # ----------------------------------------------------------------------------- the listening world
@@ -618,93 +633,13 @@ def clip_of_scene(s, rate):
     return resample(torch.from_numpy(render(s)), RATE, rate)
 
 
-class Questions:
-    """The items of an LTU-style list, each read from its file when asked for.
-
-    Of JSONL there stay in memory, for each item, where its line begins, how long that is, and a
-    number for its task: 14 bytes. A JSON list is loaded whole. Every item is checked at once, and
-    those with a mistake are told of, or, with skip_bad, told of and left out. `mark` changes when
-    the list does.
-    """
-
-    def __init__(self, path, audio_root=None, skip_bad=False):
-        self.path, self.root = path, Path(audio_root or Path(path).parent)
-        self.starts, self.sizes, self.numbers = array("q"), array("i"), array("H")
-        self.tasks, problems, bad, crc = {}, [], 0, 0
-        self.file = open(path, "rb")
-        is_list = self.file.read(99).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-        self.loaded = read_json(path) if is_list else None
-        for start, size, name in tqdm(self.places(), desc="questions", leave=False, delay=1):
-            try:
-                task = self.read(start, size, name)["task"]
-            except ValueError as e:
-                bad += 1
-                problems = problems if len(problems) == 10 else [*problems, str(e)]
-                continue
-            self.starts.append(start)
-            self.sizes.append(size)
-            self.numbers.append(self.tasks.setdefault(task, len(self.tasks)))
-        if bad == 1 and not skip_bad:
-            raise ValueError(problems[0])
-        if bad:
-            print(*problems, sep="\n", file=sys.stderr)
-        if bad and not skip_bad:
-            raise ValueError(f"{path}: {bad} items cannot be used, the first {len(problems)} are "
-                             "above; --skip-bad goes on without them")
-        if bad:
-            print(f"{path}: {bad} items left out, {len(self)} stay", file=sys.stderr)
-        if not self.starts:
-            raise ValueError(f"{path}: empty: expected a list of questions")
-        self.file.seek(0)
-        for block in iter(partial(self.file.read, 1 << 20), b""):
-            crc = zlib.crc32(block, crc)
-        self.mark = f"{len(self)} items, checksum {crc:08x}"
-
-    def places(self):
-        """Start, size and name of each item; size is of its text, or near enough to sort by."""
-        if self.loaded is not None:
-            yield from ((i, len(str(raw)), f"item {i}") for i, raw in enumerate(self.loaded))
-            return
-        start = 0
-        self.file.seek(0)
-        for n, line in enumerate(self.file, 1):
-            if line.strip():
-                yield start, len(line), f"line {n}"
-            start += len(line)
-
-    def read(self, start, size, name):
-        try:  # pread: data workers share the file, so it must have no position
-            raw = (json.loads(os.pread(self.file.fileno(), size, start)) if self.loaded is None
-                   else self.loaded[start])
-        except ValueError as e:  # JSONDecodeError or UnicodeDecodeError
-            reason = getattr(e, "msg", "not text")
-            raise ValueError(f"{self.path}: {name} is not JSON ({reason})") from None
-        item = as_item(raw, self.path, name, self.root)
-        return item | {"clip": item["audio"], "domain": item["dataset"]}
-
-    def __len__(self):
-        return len(self.starts)
-
-    def __getitem__(self, i):
-        return self.read(self.starts[i], self.sizes[i], f"item {i}")
-
-    def clips(self):
-        """{clip: function rate -> (samples,)} of all items."""
-        return {item["clip"]: partial(load_audio, item["clip"]) for item in self}
-
-
 def hear_all(model, clips):
     """Frozen features of every clip, once: {clip: {kind: (n, De)}}. clips: see Questions.clips."""
-    features, seconds, names = {}, {}, list(clips)
-
-    def timed(name, rate):
-        wave = clips[name](rate)
-        seconds[name] = len(wave) / rate
-        return wave
-
+    clips, seconds = timed(clips)
+    features, names = {}, list(clips)
     for at in tqdm(range(0, len(names), 16), desc="features", leave=False, mininterval=1):
         some = names[at:at + 16]
-        features |= zip(some, model.features([partial(timed, name) for name in some]))
+        features |= zip(some, model.features([clips[name] for name in some]))
     tell_fit(model, list(seconds.values()))
     return features
 
@@ -725,13 +660,9 @@ class Ready:
         except ValueError as e:  # raised in a worker it would come with a page of its traceback
             return e
 
-
-def batches_of(ready, groups, workers):
-    """The ready items of each group of indices, in order, made in so many worker processes. They
-    get a session of their own, for a Ctrl-C at the terminal is for the first process to act on."""
-    return DataLoader(ready, batch_sampler=groups, num_workers=workers, collate_fn=list,
-                      worker_init_fn=lambda n: os.setsid(),
-                      multiprocessing_context="fork" if workers else None)
+    def answers(self, i):
+        """How many answers item i has: one, but for the checklists of the listening world."""
+        return len(self.items[i].get("pairs", "1")) if isinstance(self.items, list) else 1
 
 
 def with_ids(model, items):
@@ -796,13 +727,31 @@ def batches(sizes, size, dice):
                 yield groups[i]
 
 
-def parts_of(batch, micro):
-    """Cut a batch into parts of `micro` or fewer (0: as few as can be), equally many for each
-    process: a list of lists, what is run at the same time, one part by each."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    rounds = math.ceil(len(batch) / (ranks * (micro or len(batch))))
-    parts = np.array_split(batch, rounds * ranks)
-    return [parts[i:i + ranks] for i in range(0, len(parts), ranks)]
+def in_parts(supply, ready, o):
+    """For each batch of indices that `supply` gives: the number of its answers, and what of it this
+    process runs, a list of (ready items, whether they count).
+
+    That is parts of o.micro items or fewer, equally many for each process; one for which there are
+    no items runs something that does not count.
+    """
+    rank, ranks = processes()
+
+    def parts(batch):
+        rounds = math.ceil(len(batch) / (ranks * o.micro))
+        return np.array_split(batch, rounds * ranks)[rank::ranks]
+
+    supply, ahead = tee(supply)  # of one copy, worker processes make items ready ahead of the loop
+    groups = (part if len(part) else batch[:1] for batch in ahead for part in parts(batch))
+    # in a session of their own, for a Ctrl-C at the terminal is for the first process to act on
+    loader = iter(DataLoader(ready, batch_sampler=groups, num_workers=o.workers, collate_fn=list,
+                             worker_init_fn=lambda n: os.setsid(),
+                             multiprocessing_context="fork" if o.workers else None))
+    for batch in supply:
+        made = [(next(loader), len(part) > 0) for part in parts(batch)]
+        for item in chain.from_iterable(items for items, _ in made):
+            if isinstance(item, ValueError):
+                raise item
+        yield sum(ready.answers(i) for i in batch), made
 
 
 def schedule(step, steps):
@@ -816,16 +765,17 @@ def schedule(step, steps):
 def optimizer_of(model, rates, freeze="none"):
     """AdamW for the parts in `rates` (part: peak learning rate); all other parts stay frozen, and
     with freeze "ffn" the LLM's feed-forward weights too."""
-    groups = {part: [] for part in rates}
+    groups = []
     for name, p in model.named_parameters():
-        part = name.split(".")[0]
-        kept = freeze == "ffn" and part == "llm" and ".mlp." in name
-        p.requires_grad_(part in rates and not kept)
-        if p.requires_grad:
-            groups[part].append(p)
-    groups = [{"params": groups[part], "lr": lr, "peak": lr} for part, lr in rates.items()]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05,
-                             fused=model.device.type == "cuda" or None)
+        kept = freeze == "ffn" and name.startswith("llm.") and ".mlp." in name
+        p.requires_grad_(name.split(".")[0] in rates and not kept)
+    for part, lr in rates.items():
+        learns = [p for p in getattr(model, part).parameters() if p.requires_grad]
+        # decay is for matrices: gains, biases and gates have a size of their own
+        for decay, some in ((0.05, [p for p in learns if p.ndim > 1]),
+                            (0.0, [p for p in learns if p.ndim < 2])):
+            groups.append({"params": some, "lr": lr, "peak": lr, "weight_decay": decay})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=model.device.type == "cuda" or None)
 
 
 def tell_parts(model, stages, freeze):
@@ -850,141 +800,133 @@ def tell_parts(model, stages, freeze):
 def lessons(stage, items):
     """Which items a stage learns from, and their sizes: two arrays."""
     if isinstance(items, Questions):
-        tasks, numbers, sizes = list(items.tasks), np.array(items.numbers), np.array(items.sizes)
+        tasks, numbers, sizes = items.tasks, np.asarray(items.numbers), np.asarray(items.sizes)
     else:
         tasks, numbers = np.unique([item["task"] for item in items], return_inverse=True)
         sizes = np.array([len(item["ids"]) for item in items])
-    taught = [n for n, t in enumerate(tasks) if stage.tasks is None or t in stage.tasks]
-    which = np.flatnonzero(np.isin(numbers, taught) & bool(stage.steps)).astype(np.int32)
+    taught = [n for n, task in enumerate(tasks) if stage.tasks is None or task in stage.tasks]
+    asked = stage.steps > 0 or stage.epochs > 0
+    which = np.flatnonzero(np.isin(numbers, taught) & asked).astype(np.int32)
     return which, sizes[which]
 
 
 def train(model, train_set, val_set, o, file, start):
     """The curriculum, from where the checkpoint `start` left it; lines go to `file`.
 
-    Returns seconds per step, data and evaluation left out.
+    train_set, val_set: (features, items). Features, {clip: {kind: (n, De)}}, may be empty for the
+    first: then each clip is heard when it is asked about. Returns seconds per step, data and
+    evaluation left out.
     """
-    dice, seconds, timed = np.random.default_rng(o.seed), 0.0, 0
+    (features, items), (rank, ranks) = train_set, processes()
+    dice, seconds, done = np.random.default_rng(o.seed), 0.0, 0
     step, loss = start["step"], start["loss"]
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    halved = o.dtype == "bfloat16" or o.dtype == "auto" and model.device.type == "cuda"
     for stage in curriculum(o):
-        features, items = train_set
         which, sizes = lessons(stage, items)
         wanted = o.stage in ("all", stage.name) and stage.name >= start["stage"]
         if not len(which):
             if wanted:
                 print(f"stage {stage.name}: nothing to learn from, left out")
             continue
-        if o.epochs:
-            stage = replace(stage, steps=math.ceil(o.epochs * len(which) / o.batch))
-        supply = batches(sizes, o.batch, dice)
+        steps = math.ceil(stage.epochs * len(which) / stage.batch) or stage.steps
         resumed = stage.name == start["stage"]
-        first = start["at"] if resumed else 0 if wanted else stage.steps
+        first = start["at"] if resumed else 0 if wanted else steps
+        order = batches(sizes, stage.batch, dice)
         for _ in range(first):  # the order is a function of the seed: be where the dice were
-            next(supply)
+            next(order)
         if not wanted:
             continue
-        # of what is to come, one copy tells the loader what to make ready ahead of the loop
-        supply, ahead = tee(islice(supply, stage.steps - first))
-        mine = (which[part[rank] if len(part[rank]) else part[0][:1]]
-                for batch in ahead for part in parts_of(batch, o.micro))
-        ready = Ready(items, model.tokenizer, None if features else model.fronts)
-        loader = iter(batches_of(ready, mine, o.workers))
         optimizer = optimizer_of(model, stage.rates, o.freeze)
         if resumed:
             optimizer.load_state_dict(start.pop("optimizer"))
             torch.set_rng_state(start["rng"])
-        parameters = [p for p in model.parameters() if p.requires_grad]
         rates = " and ".join(f"{part} at {lr:g}" for part, lr in stage.rates.items())
-        print(f"stage {stage.name}: trains {rates}, {sum(p.numel() for p in parameters):,} "
-              f"parameters, {len(which):,} questions, {stage.steps} steps of {o.batch}")
-
-        net = DistributedDataParallel(model, broadcast_buffers=False) if ranks > 1 else model
-
-        def keep(at):
-            """Write all that it takes to go on after `at` steps of this stage as if never broken
-            off; of such files the last few stay."""
-            if rank:
-                return
-            model.save(f"{o.out}/step-{step:08d}.pt", stage=stage.name, at=at, step=step, loss=loss,
-                       optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
-                       options=asdict(o), logged=file.tell(), data=items.mark if o.data else None)
-            for old in kept(o.out)[:-o.keep]:
-                old.unlink()
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"stage {stage.name}: trains {rates}, {trained:,} parameters, {len(which):,} "
+              f"questions, {steps} steps of {stage.batch}")
 
         model.train()
-        bar = tqdm(range(first, stage.steps), desc=f"stage {stage.name}", leave=False,
-                   mininterval=1, initial=first, total=stage.steps)
+        net = DistributedDataParallel(model, broadcast_buffers=False) if ranks > 1 else model
+        ready = Ready(items, model.tokenizer, None if features else model.fronts)
+        supply = in_parts((which[next(order)] for _ in range(first, steps)), ready, o)
+        bar = tqdm(range(first, steps), desc=f"stage {stage.name}", leave=False, mininterval=1,
+                   initial=first, total=steps)
         with asked_to_stop() as stop:
             for i in bar:
-                batch, told = next(supply), 0.0
-                rounds = parts_of(batch, o.micro)
-                # a part counts by its share of the whole batch's answers
-                whole = len(rounds) * ranks == 1
-                total = None if whole else sum(answers_to(items, which[j]) for j in batch)
+                answers, parts = next(supply)
                 for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * schedule(i, stage.steps)
-                optimizer.zero_grad()
-                for n, part in enumerate(rounds):
-                    chosen = next(loader)
-                    for item in chosen:
-                        if isinstance(item, ValueError):
-                            raise item
-                    began = time.perf_counter()
-                    alone = ranks > 1 and n < len(rounds) - 1  # gradients are shared at the end
-                    with net.no_sync() if alone else nullcontext():
-                        with torch.autocast(model.device.type, torch.bfloat16, halved):
-                            known = features or dict(zip(
-                                (item["clip"] for item in chosen),
-                                model.encode([item["fronts"] for item in chosen])))
-                            found = answer_loss(net, known, chosen, total)
-                        # of an empty part, nothing; and the processes' gradients are averaged
-                        found = found * (ranks if len(part[rank]) else 0) if ranks > 1 else found
-                        found.backward()
-                    told = told + found.detach()
-                    seconds += time.perf_counter() - began
+                    group["lr"] = group["peak"] * schedule(i, steps)
                 began = time.perf_counter()
-                ended = bool(stop)
-                if ranks > 1:  # all are to say the same, and to stop after the same step
-                    told = torch.stack([told / ranks, torch.tensor(float(ended)).to(told)])
-                    dist.all_reduce(told)
-                    told, ended = told[0], told[1].item() > 0
-                loss, norm = told.item(), nn.utils.clip_grad_norm_(parameters, 1.0).item()
+                loss, norm, ended = learn(net, features, parts, answers, stop, o)
                 if not math.isfinite(loss + norm):  # while the weights and what is saved are whole
                     raise ValueError(f"stage {stage.name}, step {i}: the loss is {loss:.3g} and "
                                      f"its gradient {norm:.3g}; try a lower --lr")
                 optimizer.step()
-                seconds, timed, step = seconds + time.perf_counter() - began, timed + 1, step + 1
+                seconds, done, step = seconds + time.perf_counter() - began, done + 1, step + 1
                 if i % 10 == 0:
                     bar.set_postfix(loss=f"{loss:.3f}")
                     log(file, step=step, stage=stage.name, loss=loss, norm=norm,
                         lr=optimizer.param_groups[0]["lr"])
-                if ended or (i + 1) % o.save_every == 0:
-                    keep(i + 1)
+                if rank == 0 and (ended or (i + 1) % o.save_every == 0 or i + 1 == steps):
+                    keep(model, optimizer, o, stage=stage.name, at=i + 1, step=step, loss=loss,
+                         logged=file.tell(), data=items.mark if o.data else None)
                 if ended:
                     bar.close()
                     print(f"stage {stage.name}: saved after step {i}; --resume goes on from there",
                           file=sys.stderr)
                     raise KeyboardInterrupt
-        keep(stage.steps)
-        share = score(model, val_set[0], val_set[1])
+        share = score(model, *val_set)
         print(f"stage {stage.name}: loss {loss:.3f}, validation {share:.1%} exact "
-              f"({len(val_set[1])} questions), {1000 * seconds / max(1, timed):.0f} ms a step")
+              f"({len(val_set[1])} questions), {1000 * seconds / max(1, done):.0f} ms a step")
         log(file, step=step, stage=stage.name, validation=share)
         # where the next stage starts, and whom to ask
         for name in () if rank else (f"stage{stage.name}", "model"):
             model.save(f"{o.out}/{name}.pt", step=step, stage=stage.name)
-    return seconds / max(1, timed)
+    return seconds / max(1, done)
 
 
-def answers_to(items, i):
-    """How many answers item i has: one, but for the checklists of the listening world."""
-    return len(items[i].get("pairs", "1")) if isinstance(items, list) else 1
+def learn(net, features, parts, answers, stop, o):
+    """Leave the gradient of one batch, clipped to norm 1, in the parameters.
+
+    net: the model, or DistributedDataParallel around it. parts: of in_parts, what this process has
+    of the batch, which has so many answers in all. Returns loss, norm before clipping, and whether
+    any process has been asked to stop.
+    """
+    model, (_, ranks) = getattr(net, "module", net), processes()
+    halved = o.dtype == "bfloat16" or o.dtype == "auto" and model.device.type == "cuda"
+    net.zero_grad()
+    told = 0.0
+    for n, (items, count) in enumerate(parts):
+        # processes share their gradients once, after their last parts
+        with nullcontext() if ranks == 1 or n == len(parts) - 1 else net.no_sync():
+            with torch.autocast(model.device.type, torch.bfloat16, halved):
+                known = features or dict(zip((item["clip"] for item in items),
+                                             model.encode([item["fronts"] for item in items])))
+                loss = answer_loss(net, known, items, answers) * count
+            (loss * ranks).backward()  # for what they share is the mean
+        told = told + loss.detach()
+    told = torch.stack([told, torch.tensor(float(bool(stop))).to(told)])
+    if ranks > 1:  # all are to say the same, and to stop after the same step
+        dist.all_reduce(told)
+    loss, ended = told.tolist()
+    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0).item()
+    return loss, norm, ended > 0
+
+
+def keep(model, optimizer, o, **now):
+    """Write all that it takes to go on from now as if never broken off; the last few files stay."""
+    model.save(f"{o.out}/step-{now['step']:08d}.pt", optimizer=optimizer.state_dict(),
+               rng=torch.get_rng_state(), options=asdict(o), **now)
+    for old in kept(o.out)[:-o.keep]:
+        old.unlink()
 
 
 def log(file, **line):
     print(json.dumps(line), file=file, flush=True)
+
+
+def processes():
+    """Which of the processes that train together this is, and how many they are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def join_processes(o):
@@ -1403,22 +1345,22 @@ class Options:
     test_clips: int = option(240, "test clips of the listening world, about nine questions each",
                              low=1)
     difficulty: int = option(1, "of the listening world: more events, overlap and noise", high=2)
-    batch: int = option(32, "questions a step", low=1)
-    steps1: int = option(200, "steps of stage 1: connectors alone, classification")
-    steps2: int = option(500, "steps of stage 2: LLM and connectors, closed questions")
-    steps3: int = option(1800, "steps of stage 3: LLM and connectors, all questions")
-    lr: float = option(0.0, "peak rate of the LLM, a third of the connectors'; 0: the mode's own, "
-                            f"or with --llm {REAL_LLM_RATE:g}")
-    epochs: float = option(0.0, "passes over a stage's questions, instead of its steps")
+    batch: int = option(None, "questions a step; else the stage's own, 32 or with --llm 256", low=1)
+    steps1: int = option(None, "steps of stage 1, connectors alone on classification; else as in "
+                               "the tables at the top of this file")
+    steps2: int = option(None, "steps of stage 2, LLM and connectors on closed questions")
+    steps3: int = option(None, "steps of stage 3, LLM and connectors on all questions")
+    epochs: float = option(0.0, "passes over a stage's questions, instead of steps")
+    lr: float = option(0.0, "peak rate of the LLM, with which the connectors' changes; 0: the "
+                            "mode's or the stage's own")
+    connector_lr: float = option(0.0, "peak rate of the connectors; 0: the stage's own")
     tasks: str = option(None, "tasks to learn, with commas between, or all; else the stage's own")
-    connector_lr: float = option(0.0, "peak rate of the connectors; 0: 0.003 in stage 1, then "
-                                      "thrice the LLM's")
     stage: str = option("all", "one stage, which starts from the one before, or all of them",
                         choices=["1", "2", "3", "all"])
     save_every: int = option(500, "steps between two checkpoints, step-*.pt", low=1)
     keep: int = option(2, "how many of them stay", low=1)
     resume: bool = option(False, "go on from the newest step-*.pt in --out, with the same options")
-    micro: int = option(0, "questions at once, to save memory: a step adds up parts; 0: all")
+    micro: int = option(32, "questions at once: a larger batch is added up, part by part", low=1)
     recompute: bool = option(False, "save memory: compute feed-forward parts again for backward")
     compile: bool = option(False, "torch.compile the feed-forward parts")
     dtype: str = option("auto", "of the products: auto is bfloat16 on cuda, else float32",
@@ -1460,8 +1402,9 @@ def main(o):
             world(split, clips, o.seed, o.difficulty)
             for split, clips in (("train", o.clips), ("val", 30), ("test", o.test_clips)))
         with_ids(model, train_data[1])
-    if not any(len(lessons(stage, train_data[1])[0]) for stage in curriculum(o)
-               if o.stage in ("all", stage.name)):
+    stages = [stage for stage in curriculum(o)
+              if o.stage in ("all", stage.name) and len(lessons(stage, train_data[1])[0])]
+    if not stages:
         raise ValueError("nothing to train: no stage has both steps and questions of its tasks")
     Path(o.out).mkdir(parents=True, exist_ok=True)
     start = beginning(model, o, train_data[1].mark if o.data else None)
@@ -1475,21 +1418,21 @@ def main(o):
     sets = [(features[id(items)], items) for _, items in (train_data, val_data, test_data)]
     if not o.data:
         write_demo(*test_data)
-    metrics = f"{o.out}/metrics.jsonl"
-    if o.resume and os.path.getsize(metrics) > start["logged"]:
-        os.truncate(metrics, start["logged"])  # what came after will come again
-    if dist.is_initialized() and dist.get_rank():
+    metrics, (rank, _) = f"{o.out}/metrics.jsonl", processes()
+    if rank:
         metrics = os.devnull  # only the first process writes
-    with open(metrics, "a" if start["step"] else "w") as file:
-        tell_parts(model, [s for s in curriculum(o) if o.stage in ("all", s.name)
-                           and len(lessons(s, sets[0][1])[0])], o.freeze)
+    elif o.resume and os.path.getsize(metrics) > start["logged"]:
+        os.truncate(metrics, start["logged"])  # what came after will come again
+    elif not start["step"] and os.path.exists(metrics):
+        os.replace(metrics, f"{o.out}/metrics.old.jsonl")
+    with open(metrics, "a") as file:
+        tell_parts(model, stages, o.freeze)
         seconds = train(model, sets[0], sets[1], o, file, start)
         scores = table(model, *sets[2], sets[0][1])
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{trained:,} parameters trained, {1000 * seconds:.0f} ms a step, "
-              f"peak memory {peak_memory(device):.0f} MiB; the model is {o.out}/model.pt")
+        print(f"{1000 * seconds:.0f} ms a step, peak memory {peak_memory(device):.0f} MiB; the "
+              f"model is {o.out}/model.pt")
         log(file, scores=scores, seconds_per_step=seconds, options=asdict(o))
-    for path in kept(o.out) if metrics != os.devnull else ():  # finished: nothing to resume
+    for path in () if rank else kept(o.out):  # finished: nothing to resume
         path.unlink()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -19,7 +19,7 @@ import train
 from encoders import load_audio
 from integrate import AudioLLM, pool, run
 from model import KVCache
-from sample import attention, listen, on_grid, read_items, words
+from sample import Questions, attention, listen, on_grid, words
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,20 +74,20 @@ def test_a_json_list_and_json_lines_are_the_same(sounds):
     lines = [json.dumps(r, ensure_ascii=False) for r in raw]
     (sounds / "q.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     (sounds / "more" / "q.json").write_text("\ufeff" + json.dumps(raw), encoding="utf-8")
-    items = read_items(sounds / "q.json")
-    assert items == read_items(sounds / "q.jsonl")
-    assert items == read_items(sounds / "more" / "q.json", sounds)
-    assert items[0] == {"audio": sounds / "a.wav", "audio_id": "a.wav", "output": "a dog",
-                        "instruction": "What is it?", "task": "question", "dataset": "q",
+    items = list(Questions(sounds / "q.json"))
+    assert items == list(Questions(sounds / "q.jsonl"))
+    assert items == list(Questions(sounds / "more" / "q.json", sounds))
+    assert items[0] == {"clip": sounds / "a.wav", "audio_id": "a.wav", "output": "a dog",
+                        "instruction": "What is it?", "task": "question", "domain": "q",
                         "choices": []}
-    assert (items[1]["task"], items[1]["dataset"]) == ("t", "d")
+    assert (items[1]["task"], items[1]["domain"]) == ("t", "d")
     assert items[2]["output"] == raw[2]["output"].strip()
 
 
 def test_an_input_is_added_to_the_instruction(sounds):
     raw = [item(input="It barks."), item(input=""), item(input=None)]
     (sounds / "q.json").write_text(json.dumps(raw))
-    asked = [i["instruction"] for i in read_items(sounds / "q.json")]
+    asked = [i["instruction"] for i in list(Questions(sounds / "q.json"))]
     assert asked == ["What is it? It barks.", "What is it?", "What is it?"]
 
 
@@ -96,10 +96,10 @@ def test_audio_is_relative_to_the_list_or_to_the_root_given(sounds, monkeypatch)
     (sounds / "more" / "q.json").write_text(json.dumps([item("ä b.wav")]))
     (sounds / "q.json").write_text(json.dumps([item("ä b.wav")]))
     there = sounds / "more" / "ä b.wav"
-    assert read_items(sounds / "more" / "q.json")[0]["audio"] == there
-    assert read_items(sounds / "q.json", sounds / "more")[0]["audio"] == there
+    assert Questions(sounds / "more" / "q.json")[0]["clip"] == there
+    assert Questions(sounds / "q.json", sounds / "more")[0]["clip"] == there
     with pytest.raises(ValueError, match="item 0"):
-        read_items(sounds / "q.json")
+        list(Questions(sounds / "q.json"))
 
 
 # Lists that cannot be used, and the words that a refusal must have. Used for training too.
@@ -129,17 +129,17 @@ def test_a_bad_list_says_where_and_what(name, sounds):
     path = sounds / f"{name}.json"
     path.write_text(text)
     with pytest.raises(ValueError) as error:
-        read_items(path)
+        Questions(path)
     assert all(word in str(error.value) for word in [*words, str(path)])
     assert "\n" not in str(error.value)
 
 
 def test_a_list_that_is_no_text_file_or_not_there(sounds):
     (sounds / "b.json").write_bytes(b"\xff\xfe\xfa")
-    bad = {sounds / "b.json": "text", sounds: "read", sounds / "no.json": "read"}
+    bad = {sounds / "b.json": "text", sounds: "directory", sounds / "no.json": "no.json"}
     for path, word in bad.items():
-        with pytest.raises(ValueError, match=word):
-            read_items(path)
+        with pytest.raises((ValueError, OSError), match=word):
+            Questions(path)
 
 
 # ------------------------------------------------------------------------------------- options
@@ -321,11 +321,11 @@ def test_captions_and_transcripts_are_scored_as_the_reference_packages_do():
     index, said, written = zip(*pairs)
     scores = dict(zip(index, sample.cider_d(said, written, index)))
     assert np.abs(np.array([scores[i] for i in range(len(clips))]) - golden["cider"]).max() < 1e-9
-    items = [{"audio": i, "output": ref} for i, (_, refs) in enumerate(clips) for ref in refs]
+    items = [{"clip": i, "output": ref} for i, (_, refs) in enumerate(clips) for ref in refs]
     found = [(said, None) for said, refs in clips for _ in refs]
     value, = sample.measures("captioning", items, found).values()
     assert abs(sample.score(*value) - golden["cider"].mean()) < 1e-9
-    first = [{"audio": i, "output": refs[0]} for i, (_, refs) in enumerate(clips)]
+    first = [{"clip": i, "output": refs[0]} for i, (_, refs) in enumerate(clips)]
     value, = sample.measures("transcription", first, [(said, None) for said, _ in clips]).values()
     assert abs(sample.score(*value) - golden["all_wer"]) < 1e-12
     for item, (said, _), want in zip(first, clips, golden["wer"]):
@@ -339,7 +339,7 @@ def test_words_are_lower_case_and_without_punctuation():
 
 def test_labels_count_alike_in_the_macro_average_however_rare():
     labels = ["a dog", "a cat"]
-    items = [{"audio": i, "output": o, "choices": labels} for i, o in enumerate(
+    items = [{"clip": i, "output": o, "choices": labels} for i, o in enumerate(
         ["a dog", "a dog", "a dog", "a cat"])]
     found = [("a dog", "a dog"), ("big dog.", "a dog"), ("a cat", "a dog"), ("owl", "a dog")]
     got = {name: sample.score(*parts)
@@ -406,7 +406,7 @@ def test_a_list_is_answered_written_and_scored(call, checkpoint, sounds, refuses
         assert words in stdout
     left = (sounds / "new" / "p.json").read_bytes()
     (sounds / "more" / "ä b.wav").write_bytes(b"no sound")
-    refuses(["q.json", "item 1", "b.wav"], sample, "--ckpt", checkpoint, *options)
+    refuses(["b.wav"], sample, "--ckpt", checkpoint, *options)
     assert (sounds / "new" / "p.json").read_bytes() == left and len([*sounds.glob("new/*")]) == 1
 
 
