@@ -30,7 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 from encoders import load_audio, mel_bank, power_spectrum
-from integrate import ROUTES, AudioLLM, MLPConnector, run, save_atomically, stack
+from integrate import LFST, ROUTES, AudioLLM, MLPConnector, run, save_atomically, stack
 from model import LLM, load_tokenizer, rotate, visibility
 
 
@@ -485,11 +485,11 @@ def listen(model, features, question, answer):
 
     A token is said by the position before it, whose logits chose it. Returns {part: (layers,
     tokens, n)}, averaged over heads: a weight for each of the n tokens of the part, which is
-    "start", an encoder, or "text" (question and answer). All parts together sum to one.
+    "start", a connector, or "text" (question and answer). All parts together sum to one.
     """
-    if not all(isinstance(connector, MLPConnector) for connector in model.connectors.values()):
-        raise ValueError("only with the connector mlp, and not in mode flamingo, is each token "
-                         "that the LLM attends to of one encoder and one time")
+    if not all(isinstance(c, (MLPConnector, LFST)) for c in model.connectors.values()):
+        raise ValueError("only with the connectors mlp and lfst, and not in mode flamingo, is each "
+                         "token that the LLM attends to of one time")
     ids = torch.tensor([model.tokenizer.chat(question)[1] + answer[:-1]], device=model.device)
     cache = model.hear([features])
     seen = attention(model.llm, lambda: model.llm(ids, cache=cache))
@@ -500,13 +500,20 @@ def listen(model, features, question, answer):
     return dict(zip(("start", *model.connectors, "text"), found.cpu().split(sizes, dim=-1)))
 
 
-def on_grid(model, kind, weights, seconds):
-    """Weights (..., n) of what an encoder told of a clip -> (..., steps, bands) of its grid, a step
-    each encoder.seconds / grid[0]: those that were averaged into one token share its weight."""
-    encoder = model.encoders[kind]
+def on_grid(model, part, weights, seconds):
+    """Weights (..., n) of a connector's tokens about a clip -> (..., steps, bands) of their grid,
+    and the seconds that a step takes. Encoder tokens that were averaged into one share its weight;
+    what fell on LFST's newlines, which are of no band, is left out."""
+    connector, encoders = model.connectors[part], [model.encoders[k] for k in model.joins[part]]
+    window = max(encoder.seconds for encoder in encoders)
+    if isinstance(connector, LFST):
+        steps, bands = connector.shape
+        return weights.unflatten(-1, (-1, bands + 1))[..., :bands], window / steps
+    encoder, = encoders
     steps, bands = encoder.steps(seconds), encoder.grid[1]
-    pooled = torch.arange(steps * bands) // model.windows[kind]  # the token each one went into
-    return (weights[..., pooled] / pooled.bincount()[pooled]).unflatten(-1, (steps, bands))
+    pooled = torch.arange(steps * bands) // model.windows[part]  # the token each one went into
+    shared = weights[..., pooled] / pooled.bincount()[pooled]
+    return shared.unflatten(-1, (steps, bands)), window / encoder.grid[0]
 
 
 def words(tokenizer, ids):
@@ -550,10 +557,10 @@ def canvas(*args, **kwargs):
 
 def draw_listening(model, features, wave, question, answer, path):
     """The clip's spectrogram, and below, for each word of an answer (ids), where in time and in
-    frequency each encoder's tokens had its attention, on average over heads and layers."""
+    frequency each connector's tokens had its attention, on average over heads and layers."""
     said, seconds = words(model.tokenizer, answer), len(wave) / 16000
     heard = listen(model, features, question, answer)
-    heights = [1.6] + [0.3 + 0.3 * len(said)] * len(model.encoders)
+    heights = [1.6] + [0.3 + 0.3 * len(said)] * len(model.connectors)
     (top, *axes), save = canvas(len(heights), sharex=True, figsize=(8, 0.9 + sum(heights)),
                                 height_ratios=heights)
     bank = mel_bank(128, 257, 16000, 20, 8000, "kaldi")  # SSLAM's: 16 rows are one of its bands
@@ -565,15 +572,15 @@ def draw_listening(model, features, wave, question, answer, path):
     top.set(ylabel="kHz", yticks=rows,
             yticklabels=[f"{bank[:, row].argmax() * 16 / 512:.1f}" for row in rows])
     top.set_title(f"{question}  \u2192  {model.tokenizer.decode(answer).strip()}", wrap=True)
-    for ax, (kind, encoder) in zip(axes, model.encoders.items()):
-        weights = heard[kind].mean(dim=0)  # (tokens, n)
-        grids = [on_grid(model, kind, weights[which].mean(0), seconds) for _, which in said]
-        for i, grid in enumerate(grids):  # (steps, bands) each
-            end = len(grid) * encoder.seconds / encoder.grid[0]
+    for ax, (part, kinds) in zip(axes, model.joins.items()):
+        weights = heard[part].mean(dim=0)  # (tokens, n)
+        weights = torch.stack([weights[which].mean(0) for _, which in said])  # (words, n)
+        grids, step = on_grid(model, part, weights, seconds)  # (words, steps, bands)
+        for i, (grid, share) in enumerate(zip(grids, weights.sum(1))):
             ax.imshow(grid.T, origin="lower", aspect="auto", cmap="Blues", vmin=0,
-                      vmax=max(grid.max() for grid in grids), extent=(0, end, i + 0.4, i - 0.4))
-            ax.text(1.01, i, f"{grid.sum():.0%}", va="center", transform=ax.get_yaxis_transform())
-        ax.set(title=f"{kind}: where a word's attention fell, and how much of it",
+                      vmax=grids.max(), extent=(0, len(grid) * step, i + 0.4, i - 0.4))
+            ax.text(1.01, i, f"{share:.0%}", va="center", transform=ax.get_yaxis_transform())
+        ax.set(title=f"{' and '.join(kinds)}: where a word's attention fell, and how much of it",
                xlim=(0, seconds), ylim=(len(said) - 0.4, -0.6), yticks=range(len(said)),
                yticklabels=[word for word, _ in said])
     axes[-1].set_xlabel("seconds")

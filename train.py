@@ -375,7 +375,7 @@ def scene(split, index, seed=0, difficulty=1):
         names = [e.name for e in events]
         stutter = any(a == b for a, b in zip(names, names[1:])) and domain != "music"
         if domain == "music":
-            names = [f"{e.name} {e.way} {len(e.notes)}" for e in events]
+            names = [f"{e.name} {e.notes}" for e in events]
         alone = len(names) == 1 and domain == "sound"
         if not stutter and (alone or held_out(names) == (split == "test")):
             break
@@ -1054,28 +1054,30 @@ def table(model, features, items, train_items):
 
 def watch(o):
     """Does a model look at what it names? How much of the attention that the last word of its
-    answer ("a siren") gives to SSLAM's tokens falls on the sound's time, and how much before and
-    after, over test clips of one sound; beside it chance, the part of the clip that each fills."""
+    answer ("a siren") gives to SSLAM's tokens, or LFST's, falls on the sound's time, and how much
+    before and after, over test clips of one sound; beside it chance, the part of the clip that each
+    fills."""
     model = AudioLLM.load(o.watch)
-    if "sslam" not in model.encoders:
+    part = next((part for part, kinds in model.joins.items() if "sslam" in kinds), None)
+    if not part:
         raise ValueError(f"{o.watch}: has no SSLAM to look at")
     model.to(pick_device(o.device))
-    question, steps = "What do you hear?", model.encoders["sslam"].grid[0]
-    edges = torch.arange(steps + 1) * model.encoders["sslam"].seconds / steps
+    question, falls, chances, right = "What do you hear?", [], [], 0
     ones = (s for s in (scene("test", i, o.seed) for i in count(0, 3)) if len(s["events"]) == 1)
-    falls, chances, right = [], [], 0
     for s in tqdm(islice(ones, o.test_clips), total=o.test_clips, desc="clips", mininterval=1):
-        (name, begin, end, *_), = s["events"]
+        sound, = s["events"]
         features, = model.features([partial(clip_of_scene, s)])
         ids = model.llm.generate(model.tokenizer.chat(question)[1], 48,
                                  cache=model.hear([features]), eos_id=model.tokenizer.eos_id)
-        word, which = words(model.tokenizer, ids)[-1]
-        right += word == name
-        weights = listen(model, features, question, ids)["sslam"][:, which].mean(1)  # (layers, n)
-        fall = on_grid(model, "sslam", weights, SECONDS).sum(-1)  # (layers, steps)
+        name, which = words(model.tokenizer, ids)[-1]
+        right += name == sound.name
+        weights = listen(model, features, question, ids)[part][:, which].mean(1)  # (layers, n)
+        fall, step = on_grid(model, part, weights, SECONDS)
+        fall = fall.sum(-1)  # (layers, steps)
+        edges = torch.arange(fall.shape[1] + 1) * step
         # what part of each step lies before, in and after the sound (3, steps)
-        parts = torch.stack([edges.clamp(a, b).diff() for a, b in
-                             ((0, begin), (begin, end), (end, SECONDS))]) / edges[1]
+        spans = (0, sound.start), (sound.start, sound.end), (sound.end, SECONDS)
+        parts = torch.stack([edges.clamp(a, b).diff() for a, b in spans]) / step
         falls.append(fall @ parts.T / fall.sum(1, keepdim=True))
         chances.append(parts.mean(1))
     falls, chances = torch.stack(falls), torch.stack(chances)  # (clips, layers, 3), (clips, 3)
@@ -1209,7 +1211,7 @@ def match(steps, o):
         row[[names[name] for name in bag]] = 1
 
     def loss_of(step):
-        batch = torch.randint(len(fronts), (32,))
+        batch = torch.randint(len(fronts), (24,))
         heard = F.normalize(ears(encoder(fronts[batch]).mean(1)), dim=-1)  # (B, 64)
         likeness = scale.exp() * heard @ F.normalize(words(told[batch]), dim=-1).T  # (B, B)
         own = torch.arange(len(batch))

@@ -17,7 +17,7 @@ import torch
 import sample
 import train
 from encoders import load_audio
-from integrate import AudioLLM, pool, run
+from integrate import Arm, AudioLLM, pool, run
 from model import KVCache
 from sample import Questions, attention, listen, on_grid, words
 
@@ -485,19 +485,34 @@ def test_a_word_is_said_by_the_position_that_chose_it(hearer):
 
 
 @pytest.mark.parametrize("seconds", [4.0, 1.3, 0.01])
-def test_a_tokens_weight_lands_where_the_token_was_made(checkpoint, seconds):
+def test_a_tokens_weight_lands_where_the_token_was_made(base, seconds):
     """on_grid shares a pooled token's weight among just those places whose tokens it averages."""
-    model = AudioLLM.load(checkpoint)
+    model = train.load_base(base, "lal", train.WINDOWS, arm=Arm(connector="mlp"))
     for kind, encoder in model.encoders.items():
         steps, bands = encoder.steps(seconds), encoder.grid[1]
         n = steps * bands
         # token i alone holds a one at i: the pooled ones show where each of theirs came from
         pooled = pool(torch.eye(n), model.windows[kind])
         weights = torch.arange(1.0, len(pooled) + 1)
-        grid = on_grid(model, kind, torch.diag(weights), seconds)
+        grid, step = on_grid(model, kind, torch.diag(weights), seconds)
+        assert abs(step * encoder.grid[0] - encoder.seconds) < 1e-9
         assert grid.shape == (len(pooled), steps, bands)
         assert torch.equal(grid.flatten(1) > 0, pooled > 0)
         assert torch.allclose(grid.sum((1, 2)), weights)
+
+
+@pytest.mark.parametrize("seconds", [4.0, 1.3])
+def test_a_weight_on_lfst_lands_at_its_place_in_the_layout(checkpoint, seconds):
+    model = AudioLLM.load(checkpoint)
+    features, = model.features([lambda rate: torch.randn(int(seconds * rate))])
+    tokens = dict(zip(model.connectors, model.segments([features])[1:]))["lfst"][1]
+    (steps, bands), n = model.connectors["lfst"].shape, tokens.shape[1]
+    grid, step = on_grid(model, "lfst", torch.eye(n), seconds)
+    assert grid.shape == (n, n // (bands + 1), bands) and step * steps == 4.0
+    for token, place in enumerate(grid):
+        t, band = divmod(token, bands + 1)
+        assert place.sum() == (band < bands)  # a newline is nowhere
+        assert band == bands or place[t, band] == 1
 
 
 @pytest.mark.parametrize("text", ["a siren", "An alarm, then a bell.", "日本語 🎵🎵 ok", " \n a"])

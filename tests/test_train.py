@@ -880,12 +880,12 @@ def test_watch_says_how_much_falls_on_the_sound(where, share, call, checkpoint, 
 
     def told(model, features, question, ids):
         (_, begin, end, *_), = next(clips)["events"]
-        steps = model.encoders["sslam"].grid[0]
+        steps, bands = model.connectors["lfst"].shape
         edges = torch.linspace(0, train.SECONDS, steps + 1)
         fall = torch.ones(steps)
         if where == "sound":  # on the steps that lie wholly in it
             fall = ((edges[:-1] >= begin) & (edges[1:] <= end)).float()
-        return {"sslam": fall.repeat_interleave(2).expand(4, len(ids), -1)}
+        return {"lfst": fall.repeat_interleave(bands + 1).expand(4, len(ids), -1)}
 
     monkeypatch.setattr(train, "listen", told)
     code, text, _ = call(train, "--watch", checkpoint, "--test-clips", 3, "--device", "cpu")
