@@ -46,9 +46,9 @@ WORK = {"plits": (True, True), "attn": (True, False), "ffn": (False, True), "lal
 class Arm:
     """The choices beside the mode, kept in the checkpoint. train.py has an option for each."""
     connector: str = "auto"    # mlp, qformer, lfst; auto is lfst for sslam with clap, else mlp
-    connector_layers: int = 3  # of a Q-Former or LFST
+    connector_layers: int = 2  # of a Q-Former or LFST
     queries: int = 32          # of a Q-Former
-    grid_steps: int = 32       # of LFST
+    grid_steps: int = 32       # of LFST, but no more than the coarsest of its encoders has
     grid_bands: int = 2
     lal_layers: str = "all"    # where LAL writes, see pick_layers
     audio_rope: str = "on"     # off: LAL's keys have no positions
@@ -271,7 +271,7 @@ class LFST(QFormer):
 
     def __init__(self, encoders, llm_width, arm):
         super().__init__(encoders, llm_width, replace(arm, queries=1))
-        self.shape = arm.grid_steps, arm.grid_bands
+        self.shape = min(arm.grid_steps, *(e.grid[0] for e in encoders)), arm.grid_bands
         longest = max(e.seconds for e in encoders)
         self.spans = [(*e.grid, e.seconds / longest) for e in encoders]
         self.newline = nn.Parameter(torch.randn(llm_width) / math.sqrt(llm_width))

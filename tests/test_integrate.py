@@ -300,7 +300,7 @@ def test_qformer_does_not_care_for_the_order_of_its_features():
 
 # SSLAM and CLAP as in their real sizes; as in ours; ragged, with places where no centre falls; one
 EARS = {"real": ([ears(4, (64, 8), 10.24), ears(6, (32, 2), 10.0)], (32, 2)),
-        "ours": ([ears(6, (25, 8), 4.0), ears(6, (16, 4), 4.0)], (32, 2)),
+        "ours": ([ears(6, (25, 8), 4.0), ears(6, (16, 4), 4.0)], (16, 2)),
         "ragged": ([ears(4, (5, 3), 2.0), ears(6, (7, 1), 3.0)], (4, 2)),
         "one": ([ears(6, (7, 5), 2.8)], (3, 3))}
 
@@ -373,6 +373,13 @@ def test_a_place_of_lfst_depends_on_its_own_window_and_on_nothing_else(grids):
         newline = torch.autograd.grad(got[0, t * (bands + 1) + bands].sum(), features,
                                       retain_graph=True, allow_unused=True)
         assert all(grad is None or grad.abs().max() == 0 for grad in newline)
+
+
+@pytest.mark.parametrize("asked, made", [(32, 32), (99, 32), (5, 5)])
+def test_lfst_has_no_finer_steps_than_its_coarsest_encoder(asked, made):
+    connector = LFST(EARS["real"][0], 5, Arm(grid_steps=asked, grid_bands=3))
+    tokens, _ = connector([torch.zeros(1, 512, 4), torch.zeros(1, 64, 6)], [None, None])
+    assert tokens.shape[1] == made * 4
 
 
 def test_lfst_of_a_batch_is_that_of_each_clip_alone(grids):
@@ -529,10 +536,10 @@ def test_lfst_is_the_default_for_sslam_and_clap_together():
     model.connectors.double()
     features = doubled(model.features([clip(1.6), clip(0.4)]))
     # of 0.4 s in 1.6 CLAP makes four copies: three of SSLAM's columns of 0.16 s count, and five
-    # of CLAP's of 0.094 s, and as many of LFST's steps of 0.05 s as begin before they end
+    # of CLAP's of 0.094 s, and as many of LFST's steps, here SSLAM's, as begin before they end
     assert [len(features[1][kind]) for kind in ("sslam", "clap")] == [3 * 8, 5 * 4]
     (_, whisper, _), (_, tokens, lengths) = model.segments(features)[1:]
-    assert tokens.shape[1] == 96 and lengths.tolist() == [96, 3 * 10]
+    assert tokens.shape[1] == 3 * 10 and lengths.tolist() == [3 * 10, 3 * 3]
     assert len(audio_llm("lal", arm=Arm("mlp"), clap=True).connectors) == 3
 
 
