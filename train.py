@@ -481,7 +481,7 @@ def answer_loss(net, features, items, total=None):
     """
     model = getattr(net, "module", net)
     ids = pad([torch.tensor(item["ids"]) for item in items]).to(model.device)
-    weights = pad([torch.tensor(item["weights"], dtype=torch.float64) for item in items])
+    weights = pad([torch.tensor(item["weights"]) for item in items])
     hidden = net([features[item["clip"]] for item in items], ids[:, :-1])
     return weighted_loss(model.llm, hidden, ids, weights.to(model.device), total)
 
@@ -502,7 +502,8 @@ def batches(sizes, size, dice):
     """Batches without end, as arrays of indices: every item once before any comes again, those of
     similar size together. sizes (n,): of each item's text."""
     while True:
-        for pool in np.array_split(dice.permutation(len(sizes)), 1 + len(sizes) // (16 * size)):
+        order = dice.permutation(np.arange(len(sizes), dtype=np.int32))
+        for pool in np.array_split(order, 1 + len(sizes) // (16 * size)):
             pool = pool[np.argsort(sizes[pool], kind="stable")]
             groups = [pool[i:i + size] for i in range(0, len(pool), size)]
             for i in dice.permutation(len(groups)):
