@@ -525,12 +525,13 @@ def test_own_questions_without_tasks_of_a_stage_leave_it_out(learn, refuses, sou
 
 def test_a_training_that_explodes_stops_before_it_saves(learn, refuses, sounds, base, monkeypatch):
     learn()
-    left = Path("out/lal/model.pt").read_bytes()
+    left, metrics = (Path("out/lal", name).read_bytes() for name in ("model.pt", "metrics.jsonl"))
     answer_loss = train.answer_loss
     monkeypatch.setattr(train, "answer_loss", lambda *a: answer_loss(*a) * float("inf"))
     refuses(["stage 1", "--lr"], train, "--base", base, "--data", "q.json", "--device", "cpu",
             "--steps1", 1, "--steps2", 0, "--steps3", 0)
     assert Path("out/lal/model.pt").read_bytes() == left
+    assert Path("out/lal/metrics.old.jsonl").read_bytes() == metrics
 
 
 # ------------------------------------------------------------------------------------ broken off
