@@ -71,20 +71,21 @@ def curriculum(o):
     """The stages, with what the options change in them."""
     stages, lr = [], o.lr or (0 if o.llm else LEARNING_RATES[o.mode])
     for stage, steps in zip(REAL if o.llm else SMALL, (o.steps1, o.steps2, o.steps3)):
-        rates, tasks = dict(stage.rates), stage.tasks
+        rates = dict(stage.rates)
         if lr and "llm" in rates:  # the connectors' rate keeps its ratio to it
             rates = {part: rate * lr / rates["llm"] for part, rate in rates.items()}
         if o.connector_lr:
             rates["connectors"] = o.connector_lr
         if o.freeze == "llm":
             rates.pop("llm", None)
-        if o.tasks:
-            tasks = None if o.tasks == "all" else tuple(o.tasks.split(","))
-        epochs = o.epochs or (stage.epochs if steps is None else 0)
+        change = {"rates": rates, "batch": o.batch or stage.batch}
         if steps is not None:
-            stage = replace(stage, steps=steps)
-        stages.append(replace(stage, tasks=tasks, rates=rates, batch=o.batch or stage.batch,
-                              epochs=0 if steps == 0 else epochs))
+            change |= {"steps": steps, "epochs": 0}
+        if o.epochs and steps != 0:
+            change["epochs"] = o.epochs
+        if o.tasks:
+            change["tasks"] = None if o.tasks == "all" else tuple(o.tasks.split(","))
+        stages.append(replace(stage, **change))
     return stages
 
 
@@ -699,7 +700,7 @@ def answer_loss(net, features, items, total=None):
     """
     model = getattr(net, "module", net)
     ids = pad([torch.tensor(item["ids"]) for item in items]).to(model.device)
-    weights = pad([torch.tensor(item["weights"], dtype=torch.float64) for item in items])
+    weights = pad([torch.tensor(item["weights"]) for item in items])
     hidden = net([features[item["clip"]] for item in items], ids[:, :-1])
     return weighted_loss(model.llm, hidden, ids, weights.to(model.device), total)
 
@@ -720,7 +721,8 @@ def batches(sizes, size, dice):
     """Batches without end, as arrays of indices: every item once before any comes again, those of
     similar size together. sizes (n,): of each item's text."""
     while True:
-        for pool in np.array_split(dice.permutation(len(sizes)), 1 + len(sizes) // (16 * size)):
+        order = dice.permutation(np.arange(len(sizes), dtype=np.int32))
+        for pool in np.array_split(order, 1 + len(sizes) // (16 * size)):
             pool = pool[np.argsort(sizes[pool], kind="stable")]
             groups = [pool[i:i + size] for i in range(0, len(pool), size)]
             for i in dice.permutation(len(groups)):
@@ -1042,13 +1044,9 @@ def table(model, features, items, train_items):
     print(f"\n{'domain':<10}{'task':<16}{'questions':>10}" + "".join(f"{c:>12}" for c in given))
     for (d, t), (n, *shares) in rows.items():
         print(f"{d:<10}{t:<16}{n:>10}" + "".join(f"{100 * s:>11.1f}%" for s in shares))
-    right = [i for i, a in enumerate(given["model"]) if a == items[i]["output"]]
-    wrong = [i for i, a in enumerate(given["model"]) if a != items[i]["output"]]
-    dice = np.random.default_rng(0)
-    for label, which, count in (("right", right, 3), ("wrong", wrong, 2)):
-        for i in dice.permutation(which)[:count].tolist():
-            print(f"{label}: {items[i]['instruction']} -> {given['model'][i]}"
-                  + ("" if label == "right" else f"   (it was: {items[i]['output']})"))
+    for i in np.random.default_rng(0).permutation(len(items))[:5].tolist():
+        said, right = given["model"][i], items[i]["output"]
+        print(f"{items[i]['instruction']} -> {said}" + f"   (it was: {right})" * (said != right))
     return {f"{d} {t}": dict(zip(("questions", *given), row)) for (d, t), row in rows.items()}
 
 
@@ -1413,11 +1411,10 @@ def main(o):
     device = pick_device(device)
     model.to(device)
     lighten(model, o.recompute, o.compile)
-    features = {}  # of each of the lists once, though two of them may be the same
-    for clips, items in (train_data, val_data, test_data):
-        if id(items) not in features:
-            features[id(items)] = hear_all(model, clips)
-    sets = [(features[id(items)], items) for _, items in (train_data, val_data, test_data)]
+    data = train_data, val_data, test_data  # of which two may be the same, to be heard once
+    clips_of = {id(items): clips for clips, items in data}
+    features = {key: hear_all(model, clips) for key, clips in clips_of.items()}
+    sets = [(features[id(items)], items) for _, items in data]
     if not o.data:
         write_demo(*test_data)
     metrics, (rank, _) = f"{o.out}/metrics.jsonl", processes()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from test_integrate import audio_llm
 from test_sample import BAD_LISTS, BAD_SOUNDS, item, write_wav
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import integrate
 import sample
@@ -524,12 +525,13 @@ def test_own_questions_without_tasks_of_a_stage_leave_it_out(learn, refuses, sou
 
 def test_a_training_that_explodes_stops_before_it_saves(learn, refuses, sounds, base, monkeypatch):
     learn()
-    left = Path("out/lal/model.pt").read_bytes()
+    left, metrics = (Path("out/lal", name).read_bytes() for name in ("model.pt", "metrics.jsonl"))
     answer_loss = train.answer_loss
     monkeypatch.setattr(train, "answer_loss", lambda *a: answer_loss(*a) * float("inf"))
     refuses(["stage 1", "--lr"], train, "--base", base, "--data", "q.json", "--device", "cpu",
             "--steps1", 1, "--steps2", 0, "--steps3", 0)
     assert Path("out/lal/model.pt").read_bytes() == left
+    assert Path("out/lal/metrics.old.jsonl").read_bytes() == metrics
 
 
 # ------------------------------------------------------------------------------------ broken off
@@ -869,6 +871,19 @@ def test_a_step_of_lal_takes_half_the_time_of_one_of_plits_or_less(base):
     torch.set_num_threads(threads)
     print("best of 8, in seconds:", best)  # for the README: pytest -s shows it
     assert best["plits"] >= 2 * best["lal"], best
+
+
+@pytest.mark.slow
+def test_bookkeeping_takes_less_than_three_percent_of_a_step(learn, monkeypatch):
+    """That is all between one step of the optimiser and the next forward: data, logs, a save."""
+    begun, ended, plain = [], [], train.learn
+    monkeypatch.setattr(train, "learn", lambda *a: begun.append(time.perf_counter()) or plain(*a))
+    hook = register_optimizer_step_post_hook(lambda *_: ended.append(time.perf_counter()))
+    learn("--batch", 32, "--clips", 300, "--test-clips", 2, data=(), steps=(0, 0, 501))
+    hook.remove()
+    share = np.subtract(begun[1:], ended[:-1]).sum() / (ended[-1] - begun[0])
+    print(f"{share:.2%} of {1000 * (ended[-1] - begun[0]) / len(begun):.0f} ms")  # pytest -s
+    assert len(begun) == 501 and share < 0.03
 
 
 @pytest.mark.parametrize("where, share", [("sound", 100.0), ("anywhere", None)])
