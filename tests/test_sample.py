@@ -292,12 +292,14 @@ def test_what_is_cropped_or_padded_is_said(call, checkpoint, tmp_path):
     write_wav("right.wav", 4.0)
     stdout, stderr = ask(call, checkpoint, "--audio", "long.wav", *options)
     said = [line for line in stderr.splitlines() if "cropped" in line and "9.5 s" in line]
-    assert [line.split()[0] for line in said] == ["whisper", "sslam"] and "silence" not in stderr
+    assert [line.split()[0] for line in said] == ["whisper", "sslam", "clap"]
+    assert "silence" not in stderr
     stderr = ask(call, checkpoint, "--audio", "short.wav", *options)[1]
-    said = [line for line in stderr.splitlines() if "silence" in line and "0.02 s" in line]
-    assert [line.split()[0] for line in said] == ["whisper", "sslam"] and "cropped" not in stderr
+    said = [line for line in stderr.splitlines() if "is added" in line and "0.02 s" in line]
+    assert [line.split()[0] for line in said] == ["whisper", "sslam", "clap"]
+    assert ["silence" in line for line in said] == [True, True, False] and "cropped" not in stderr
     stderr = ask(call, checkpoint, "--audio", "right.wav", *options)[1]
-    assert "cropped" not in stderr and "silence" not in stderr
+    assert "cropped" not in stderr and "is added" not in stderr
     # what is cropped is not heard
     data = (tmp_path / "long.wav").read_bytes()[:44 + 2 * 4 * 16000 + 2000]
     (tmp_path / "first.wav").write_bytes(data[:4] + struct.pack("<I", len(data) - 8) + data[8:40]
@@ -359,12 +361,18 @@ def test_the_interval_is_that_of_independent_clips_not_of_their_questions():
     assert abs((high - low) / (2 * 1.96 * (mean * (1 - mean) / 400) ** 0.5) - 1) < 0.1
 
 
+def random_features(model, *seconds):
+    """Of clips of such lengths, and nothing that an encoder would ever say."""
+    g = torch.Generator().manual_seed(0)
+    return [{kind: pool(torch.randn(e.steps(s) * e.grid[1], e.width, generator=g).double(),
+                        model.windows[kind])
+             for kind, e in model.encoders.items()} for s in seconds]
+
+
 @pytest.mark.parametrize("batch", [2, 100])
 def test_the_likeliest_choice_is_that_of_each_choice_alone(checkpoint, batch):
     model = AudioLLM.load(checkpoint).double()
-    g = torch.Generator().manual_seed(0)
-    features = [{kind: torch.randn(n, e.width, generator=g, dtype=torch.float64)
-                 for kind, e in model.encoders.items()} for n in (3, 30)]
+    features = random_features(model, 0.3, 2.5)
     dice, words = np.random.default_rng(0), "a dog an alarm bird no yes siren ba so man".split()
     many = [" ".join(dice.choice(words, 1 + n % 4)) for n in range(40)]  # short and long ones
     choices = [many, (), many, many[9:]]
@@ -429,9 +437,7 @@ def hearer(base, request):
     """A model in float64 that has learnt next to nothing, and what it is to hear of a clip."""
     torch.manual_seed(0)
     model = train.load_base(base, request.param, train.WINDOWS).double().eval()
-    dice = torch.Generator().manual_seed(1)
-    return model, {kind: torch.randn(7 + 4 * i, encoder.width, generator=dice).double()
-                   for i, (kind, encoder) in enumerate(model.encoders.items())}
+    return model, *random_features(model, 1.3)
 
 
 @torch.no_grad()
@@ -473,9 +479,9 @@ def test_a_word_is_said_by_the_position_that_chose_it(hearer):
     made, cache, prompt = [], model.hear([features]), model.tokenizer.chat(question)[1]
     seen = attention(model.llm, lambda: made.extend(model.llm.generate(prompt, 5, cache=cache)))
     parts = listen(model, features, question, made)
-    sizes = {kind: len(tokens) for kind, tokens in features.items()}
-    assert {kind: parts[kind].shape[-1] for kind in sizes} == sizes
-    assert list(parts) == ["start", *sizes, "text"]
+    sizes = [tokens.shape[1] for _, tokens, _ in model.segments([features])]
+    assert [part.shape[-1] for part in parts.values()][:-1] == sizes
+    assert list(parts) == ["start", "whisper", "lfst", "text"]
     told = torch.cat(list(parts.values()), dim=-1)  # (layers, tokens, n)
     assert (told.sum(-1) - 1).abs().max() < 1e-12
     for i, (weights, positions) in enumerate(seen):

@@ -227,8 +227,8 @@ def test_the_start_tells_what_is_trained_part_by_part(learn, sounds):
     stdout, *_ = learn("--mode", "flamingo", "--flamingo-every", 2, steps=(1, 0, 1))
     told = re.findall(r"^(.*?) +([\d,]+) parameters, (frozen|trained .*)$", stdout, re.M)
     assert {part: what for part, _, what in told} == {
-        "encoders.whisper": "frozen", "encoders.sslam": "frozen",
-        "connectors.whisper": "trained in stage 1, 3", "connectors.sslam": "trained in stage 1, 3",
+        "encoders.whisper": "frozen", "encoders.sslam": "frozen", "encoders.clap": "frozen",
+        "connectors.whisper": "trained in stage 1, 3", "connectors.lfst": "trained in stage 1, 3",
         "connectors.flamingo": "trained in stage 1, 3",
         "llm feed-forward": "trained in stage 3", "llm but for that": "trained in stage 3"}
     count = {part: int(n.replace(",", "")) for part, n, _ in told}
