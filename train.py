@@ -1288,9 +1288,10 @@ def prepare(o):
 BASE = "prepared parts 1"
 
 
-def load_base(path, mode, windows, sources=None, folder=None, arm=Arm()):
+def load_base(path, mode, windows, sources=None, folder=None, arm=Arm(), kinds="all"):
     """An AudioLLM of the prepared parts, with new connectors.
 
+    kinds: of the prepared encoders, "all" or with commas between.
     sources: {kind: path} of real encoders, which then take the place of all miniatures.
     folder: of a real LLM, which takes the place of the small one. arm: see AudioLLM.
     """
@@ -1303,6 +1304,11 @@ def load_base(path, mode, windows, sources=None, folder=None, arm=Arm()):
     except (KeyError, TypeError, RuntimeError) as e:
         raise ValueError(f"{path}: made by another version of this code; make it anew with "
                          f"--prepare ({e})") from None
+    if kinds != "all":
+        if unknown := set(kinds.split(",")) - set(encoders):
+            raise ValueError(f"--encoders {kinds}: {path} has {', '.join(encoders)}, not "
+                             f"{', '.join(sorted(unknown))}")
+        encoders = {kind: encoders[kind] for kind in kinds.split(",")}
     tokenizer = read_tokenizer(from_bytes(saved["tokenizer"]))
     if folder:
         llm, tokenizer = LLM.from_pretrained(folder), load_tokenizer(folder)
@@ -1336,6 +1342,7 @@ class Options:
     skip_bad: bool = option(False, "go on without the items of --data that cannot be used")
     out: str = option(None, "folder of the checkpoint and metrics.jsonl (default: out/MODE)")
     base: str = option("assets/base.pt", "the prepared encoders and LLM")
+    encoders: str = option("all", "of the prepared ones those that are joined, like whisper,sslam")
     llm: str = option(None, "folder of a real LLM, Llama or Qwen2; it replaces the small one")
     whisper: str = option(None, "a public Whisper checkpoint; real encoders replace the miniatures")
     sslam: str = option(None, "a public SSLAM or EAT checkpoint")
@@ -1388,7 +1395,7 @@ def main(o):
     torch.manual_seed(o.seed)
     sources = {kind: getattr(o, kind) for kind in WINDOWS}
     arm = Arm(**{f.name: getattr(o, f.name) for f in fields(Arm)})
-    model = load_base(o.base, o.mode, WINDOWS, sources, o.llm, arm)
+    model = load_base(o.base, o.mode, WINDOWS, sources, o.llm, arm, o.encoders)
     if o.data:
         items = Questions(o.data, o.audio_root, o.skip_bad)
         train_data = val_data = test_data = items.clips() if o.keep_features else {}, items

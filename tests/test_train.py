@@ -250,6 +250,11 @@ def test_options_choose_the_arm_and_the_checkpoint_keeps_it(options, arm, learn,
     assert code == 0 and stdout.endswith("\n")
 
 
+def test_encoders_can_be_left_out(learn, sounds):
+    learn("--encoders", "clap,whisper")
+    assert list(AudioLLM.load("out/lal/model.pt").connectors) == ["whisper", "clap"]
+
+
 def test_stages_teach_their_tasks(learn, sounds, watch):
     learn(steps=(5, 5, 5))
     tasks = [{q.split(", ")[1].split("?")[0] for q in batch} for _, batch, _ in watch]
@@ -493,6 +498,8 @@ def test_a_bad_base_is_one_line_and_overwrites_nothing(refuses, sounds, earlier,
     ("--connector flst", ["--connector", "lfst"]),
     ("--freeze some", ["--freeze", "ffn"]),
     ("--queries 0", ["--queries 0", "1 to"]),
+    ("--encoders ears", ["--encoders ears", "whisper, sslam, clap"]),
+    ("--difficulty 3", ["--difficulty 3", "0 to 2"]),
     ("--data=", ["--data is empty"]),
     ("--out=", ["--out is empty"]),
     ("--batch 0", ["--batch 0", "1 or more"]),
