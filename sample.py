@@ -630,10 +630,9 @@ def draw_curves(folder):
 
 
 def newest_checkpoint():
+    """The newest that train.py left under out/, or the one that comes with the code."""
     found = sorted(Path("out").glob("*/model.pt"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise ValueError("no checkpoint under out/: train one (python train.py) or give --ckpt")
-    return found[-1]
+    return found[-1] if found else Path(__file__).parent / "assets" / "lal.pt"
 
 
 @dataclass(frozen=True)
@@ -647,7 +646,8 @@ class Options:
     controls: bool = option(False, "with --data: also score it deaf, and hearing a wrong clip")
     batch: int = option(32, "with --data: clips heard, and questions asked, at a time", low=1)
     llm: str = option(None, "folder of a real LLM to talk to, instead of a checkpoint's")
-    ckpt: str = option(None, "checkpoint of train.py; without it, the newest under out/")
+    ckpt: str = option(None, "checkpoint of train.py; without it, the newest under "
+                            "out/, or assets/lal.pt")
     whisper: str = option(None, "where the Whisper checkpoint that it was trained with is now")
     sslam: str = option(None, "the same for SSLAM")
     clap: str = option(None, "the same for CLAP")
