@@ -427,10 +427,18 @@ class AudioLLM(nn.Module):
         rope = self.arm.audio_rope == "on"
         return run(self.llm, [before, *audio, *text], cache, self.layers, rope)
 
-    def forward(self, features, ids):
-        """Hidden states (B, T, D) of text ids (B, T), padded at the end, after a batch of clips."""
+    def forward(self, features, ids, rows=None):
+        """Hidden states (B, T, D) of text ids (B, T), padded at the end, after a batch of clips.
+
+        Row i is about clip rows[i], which is heard once for all its rows; without rows there is
+        one row a clip, and all that runs does so as one sequence.
+        """
         text = ("plits", self.llm.embed(ids), None)
-        return self.read(features, [text])[:, -ids.shape[1]:]
+        if rows is None:
+            return self.read(features, [text])[:, -ids.shape[1]:]
+        cache = KVCache(self.cache_layers)
+        self.read(features, cache=cache)
+        return run(self.llm, [text], cache.fork(rows, ids.shape[1]))
 
     @torch.no_grad()
     def hear(self, features):

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from encoders import load_audio, load_encoder, make_encoder, resample, save_wav
 from integrate import (FORMAT, MODES, Arm, AudioLLM, from_bytes, load_checkpoint, run,
                        save_atomically, stack, to_bytes)
-from model import LLM, LLMConfig, load_tokenizer, read_tokenizer, train_tokenizer
+from model import LLM, KVCache, LLMConfig, load_tokenizer, read_tokenizer, train_tokenizer
 from sample import (Questions, ask_all, command_line, listen, on_grid, option, pick_device,
                     tell_fit, timed, words, wrong_clips)
 
@@ -701,7 +701,9 @@ def answer_loss(net, features, items, total=None):
     model = getattr(net, "module", net)
     ids = pad([torch.tensor(item["ids"]) for item in items]).to(model.device)
     weights = pad([torch.tensor(item["weights"]) for item in items])
-    hidden = net([features[item["clip"]] for item in items], ids[:, :-1])
+    clips = list(dict.fromkeys(item["clip"] for item in items))  # a clip is heard once
+    rows = [clips.index(item["clip"]) for item in items] if len(clips) < len(items) else None
+    hidden = net([features[clip] for clip in clips], ids[:, :-1], rows)
     return weighted_loss(model.llm, hidden, ids, weights.to(model.device), total)
 
 
@@ -717,13 +719,21 @@ def pad(rows):
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), with zeros
 
 
-def batches(sizes, size, dice):
+def batches(sizes, size, dice, clips=None):
     """Batches without end, as arrays of indices: every item once before any comes again, those of
-    similar size together. sizes (n,): of each item's text."""
+    similar size together, and those about one clip by fours, for which it is heard but once.
+    sizes (n,): of each item's text. clips (n,): what each is about; None: each about its own."""
+    n = np.arange(len(sizes), dtype=np.int32)
+    order = n if clips is None else np.lexsort((sizes, clips)).astype(np.int32)
+    clips = n if clips is None else clips[order]
+    begins = np.maximum.accumulate(np.where(np.r_[True, clips[1:] != clips[:-1]], n, 0))
+    first = n[(n - begins) % 4 == 0]  # where each group of up to four begins in `order`
+    last = np.append(first[1:], len(n)) - 1
     while True:
-        order = dice.permutation(np.arange(len(sizes), dtype=np.int32))
-        for pool in np.array_split(order, 1 + len(sizes) // (16 * size)):
-            pool = pool[np.argsort(sizes[pool], kind="stable")]
+        shuffled = dice.permutation(np.arange(len(first), dtype=np.int32))
+        for pool in np.array_split(shuffled, 1 + len(n) // (16 * size)):
+            pool = pool[np.argsort(sizes[order[last[pool]]], kind="stable")]
+            pool = np.concatenate([order[first[i]:last[i] + 1] for i in pool])
             groups = [pool[i:i + size] for i in range(0, len(pool), size)]
             for i in dice.permutation(len(groups)):
                 yield groups[i]
@@ -800,16 +810,18 @@ def tell_parts(model, stages, freeze):
 
 
 def lessons(stage, items):
-    """Which items a stage learns from, and their sizes: two arrays."""
+    """Which items a stage learns from, their sizes, and their clips if known: arrays."""
+    clips = None
     if isinstance(items, Questions):
         tasks, numbers, sizes = items.tasks, np.asarray(items.numbers), np.asarray(items.sizes)
     else:
+        clips = np.array([item["clip"] for item in items])
         tasks, numbers = np.unique([item["task"] for item in items], return_inverse=True)
         sizes = np.array([len(item["ids"]) for item in items])
     taught = [n for n, task in enumerate(tasks) if stage.tasks is None or task in stage.tasks]
     asked = stage.steps > 0 or stage.epochs > 0
     which = np.flatnonzero(np.isin(numbers, taught) & asked).astype(np.int32)
-    return which, sizes[which]
+    return which, sizes[which], None if clips is None else clips[which]
 
 
 def train(model, train_set, val_set, o, file, start):
@@ -823,7 +835,7 @@ def train(model, train_set, val_set, o, file, start):
     dice, seconds, done = np.random.default_rng(o.seed), 0.0, 0
     step, loss = start["step"], start["loss"]
     for stage in curriculum(o):
-        which, sizes = lessons(stage, items)
+        which, sizes, clips = lessons(stage, items)
         wanted = o.stage in ("all", stage.name) and stage.name >= start["stage"]
         if not len(which):
             if wanted:
@@ -832,7 +844,7 @@ def train(model, train_set, val_set, o, file, start):
         steps = math.ceil(stage.epochs * len(which) / stage.batch) or stage.steps
         resumed = stage.name == start["stage"]
         first = start["at"] if resumed else 0 if wanted else steps
-        order = batches(sizes, stage.batch, dice)
+        order = batches(sizes, stage.batch, dice, clips)
         for _ in range(first):  # the order is a function of the seed: be where the dice were
             next(order)
         if not wanted:
@@ -1241,33 +1253,31 @@ def read_world(o):
     dice = np.random.default_rng(o.seed)
 
     def page(i):
-        """What happened in scene i; then, in any order, a checklist and two whole questions."""
+        """What happened in scene i, and what is asked about it: three questions, a checklist."""
         s = scene("train", i % 50000, o.seed)
-        asked = [(q["instruction"] + "\n", q["output"])
-                 for q in dice.permutation(questions(s, dice))[:2]]
-        checks = checklist(s, dice)
-        return diary(s), [asked, checks] if dice.random() < 0.5 else [checks, asked]
+        asked = [[(q["instruction"] + "\n", q["output"])]
+                 for q in dice.permutation(questions(s, dice))[:3]]
+        return diary(s), asked + [checklist(s, dice)]
 
-    texts = [diary(scene("train", i, o.seed)) for i in range(3000)]
-    for i in range(3000):
-        texts += [text for pairs in page(i)[1] for pair in pairs for text in pair]
+    pages = [page(i) for i in range(3000)]
+    texts = [told for told, _ in pages]
+    texts += [text for _, talks in pages for pairs in talks for pair in pairs for text in pair]
     tokenizer = train_tokenizer(texts, LLMConfig.vocab_size)
     llm = LLM(replace(LLMConfig(), vocab_size=tokenizer.vocab_size))
 
     def loss_of(step):
-        told, ids, weights = [], [], []
-        for i in range(24 * step, 24 * step + 24):
-            text, talks = page(i)
-            told.append(llm.embed(torch.tensor(tokenizer.encode(text))))
-            talks = [conversation(tokenizer, pairs) for pairs in talks]
-            ids.append(torch.tensor(talks[0][0] + talks[1][0]))
-            weights.append(torch.tensor(talks[0][1] + talks[1][1]))
-        ids, weights = pad(ids), pad(weights)
+        told, talks = zip(*map(page, range(16 * step, 16 * step + 16)))
+        told = stack([llm.embed(torch.tensor(tokenizer.encode(text))) for text in told])
+        rows = [row for row, some in enumerate(talks) for _ in some]
+        ids, weights = zip(*(conversation(tokenizer, pairs) for pairs in chain(*talks)))
+        ids, weights = pad([*map(torch.tensor, ids)]), pad([*map(torch.tensor, weights)])
         # half of all pages are read the one way, half the other, so that neither is strange
         segments = [("plits", llm.embed(torch.tensor([[tokenizer.bos_id]])), None),
-                    (("plits", "lal")[step % 2], *stack(told)),
-                    ("plits", llm.embed(ids[:, :-1]), None)]
-        hidden = run(llm, segments)[:, 1 - ids.shape[1]:]
+                    (("plits", "lal")[step % 2], *told)]
+        cache = KVCache(llm.config.num_hidden_layers)
+        run(llm, segments, cache)
+        text = [("plits", llm.embed(ids[:, :-1]), None)]
+        hidden = run(llm, text, cache.fork(rows, ids.shape[1]))
         return weighted_loss(llm, hidden, ids, weights)
 
     fit(llm, loss_of, o.read_steps, 2e-3, "the LLM reads")

@@ -164,6 +164,32 @@ def test_every_question_comes_once_before_any_comes_again(size):
         assert np.mean([np.ptp(lengths[batch]) for batch in sum(rounds, [])]) < 10
 
 
+def test_questions_about_one_clip_come_by_fours():
+    dice = np.random.default_rng(0)
+    clips, lengths = dice.permutation(np.repeat(np.arange(20), 9)), dice.integers(5, 60, 180)
+    supply, seen, heard = train.batches(lengths, 16, dice, clips), [], []
+    while sum(map(len, seen)) < 180:
+        seen.append(next(supply).tolist())
+        heard.append(len(set(clips[seen[-1]])))
+    assert sorted(sum(seen, [])) == list(range(180))
+    assert sum(heard) < 180 * (3 / 9 + 0.1)  # nine are four, four and one; some are cut apart
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_clip_heard_once_for_its_questions_is_as_if_heard_for_each(mode):
+    model = audio_llm(mode).double()
+    (one, two), items = batch_of(model)
+    ids = torch.randint(300, (4, 6), generator=torch.Generator().manual_seed(0))
+    found = []
+    for given in ([one, two], [0, 1, 1, 0]), ([one, two, two, one], None):
+        model.zero_grad()
+        hidden = model(given[0], ids, given[1])
+        hidden.square().sum().backward()
+        found.append([hidden] + [p.grad for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1]) > 20
+    assert all((a - b).abs().max() < 1e-9 * (1 + b.abs().max()) for a, b in zip(*found))
+
+
 # ---------------------------------------------------------------------------------- what is learnt
 
 def test_frozen_is_frozen_and_the_rest_learns(learn, sounds, watch):
@@ -405,7 +431,7 @@ def test_jsonl_is_read_item_by_item_as_the_list_is(sounds):
     lines, whole = (train.Questions(sounds / name) for name in ("q.jsonl", "q.json"))
     assert list(lines) == list(whole) and len(lines) == 9
     for stage in (train.Stage("", ("captioning",), {}, 1, 1), train.Stage("", None, {}, 1, 1)):
-        (one, sizes), (two, _) = train.lessons(stage, lines), train.lessons(stage, whole)
+        (one, sizes, _), (two, *_) = train.lessons(stage, lines), train.lessons(stage, whole)
         assert one.tolist() == two.tolist() == [i for i, item in enumerate(items) if stage.tasks
                                                 is None or item["task"] in stage.tasks]
         assert [len(json.dumps(items[i])) for i in one][-1] == sizes[-1]
@@ -863,14 +889,17 @@ def test_a_step_of_lal_takes_half_the_time_of_one_of_plits_or_less(base):
     clips, items = train.world("train", 32, 0)
     models = {mode: train.load_base(base, mode, train.WINDOWS) for mode in modes}
     features = models["lal"].features(clips.values())
-    batches = np.random.default_rng(0).permutation(train.with_ids(models["lal"], items))[:256]
+    about = [[item for item in train.with_ids(models["lal"], items) if item["clip"] == clip]
+             for clip in range(32)]  # a question about each: no clip is heard for two
+    dice = np.random.default_rng(0)
+    batches = [[some[dice.integers(len(some))] for some in about] for _ in range(8)]
     optimizers = {}
     for mode, model in models.items():
         optimizers[mode] = train.optimizer_of(model, {"connectors": 1e-4, "llm": 1e-4})
-    for at in range(0, 256, 32):
+    for batch in batches:
         for mode, model in models.items():
             began = time.perf_counter()
-            loss = train.answer_loss(model, features, batches[at:at + 32])
+            loss = train.answer_loss(model, features, batch)
             optimizers[mode].zero_grad()
             loss.backward()
             optimizers[mode].step()
