@@ -676,9 +676,10 @@ def with_ids(model, items):
 
 
 def conversation(tokenizer, pairs):
-    """Token ids of prompts and answers in turn, and the weight of each: an answer's sum to one, so
-    that a yes counts as much as a caption, and a prompt's are zero, as it is not for the model to
-    say. A prompt that is a whole line is a question of a chat; others are answered on the spot."""
+    """Token ids of prompts and answers in turn, and the weight of each: one over the root of an
+    answer's length, so that a caption counts more than a yes, but not as much more as it is longer;
+    a prompt's are zero, as it is not for the model to say. A prompt that is a whole line is a
+    question of a chat; others are answered on the spot."""
     ids, weights = [], []
     for prompt, answer in pairs:
         if prompt.endswith("\n"):
@@ -686,14 +687,15 @@ def conversation(tokenizer, pairs):
         else:
             prompt, answer = tokenizer.encode(prompt), tokenizer.encode(" " + answer.strip())
         ids += prompt + answer
-        weights += [0.0] * len(prompt) + [1 / len(answer)] * len(answer)
+        weights += [0.0] * len(prompt) + [len(answer) ** -0.5] * len(answer)
     return ids, weights
 
 
 # --------------------------------------------------------------------------------- training
 
 def answer_loss(net, features, items, total=None):
-    """Mean over answers of the mean cross-entropy of each one's tokens, for a batch of items.
+    """Mean over answers of the cross-entropy of each one's n tokens, summed and divided by
+    sqrt(n), for a batch of items.
 
     net: the model, or DistributedDataParallel around it. total: the number of answers to divide
     by, if these items are a part of a larger batch.
@@ -704,15 +706,15 @@ def answer_loss(net, features, items, total=None):
     clips = list(dict.fromkeys(item["clip"] for item in items))  # a clip is heard once
     rows = [clips.index(item["clip"]) for item in items] if len(clips) < len(items) else None
     hidden = net([features[clip] for clip in clips], ids[:, :-1], rows)
-    return weighted_loss(model.llm, hidden, ids, weights.to(model.device), total)
+    total = total or sum(len(item.get("pairs", "1")) for item in items)
+    return weighted_loss(model.llm, hidden, ids, weights.to(model.device)) / total
 
 
-def weighted_loss(llm, hidden, ids, weights, total=None):
-    """Cross-entropy of ids (B, T) given hidden states (B, T-1, D), by weights (B, T), divided by
-    their sum or by `total`."""
+def weighted_loss(llm, hidden, ids, weights):
+    """Cross-entropy of ids (B, T) given hidden states (B, T-1, D), summed by weights (B, T)."""
     chosen = weights[:, 1:] > 0  # only positions whose next token belongs to an answer need logits
     losses = F.cross_entropy(llm.head(hidden[chosen]), ids[:, 1:][chosen], reduction="none")
-    return (losses * weights[:, 1:][chosen].to(losses.dtype)).sum() / (total or weights.sum())
+    return (losses * weights[:, 1:][chosen].to(losses.dtype)).sum()
 
 
 def pad(rows):
@@ -1187,8 +1189,8 @@ def teach(kind, steps, o):
     fronts, truth = [], []
     scenes = (s for s in (scene("train", i, o.seed) for i in count())
               if s["domain"] in LESSONS[kind] or s["key"] % 4 == 0)
-    for s in tqdm(islice(scenes, o.hear_clips), total=o.hear_clips, desc=f"clips for {kind}",
-                  mininterval=1):
+    clips = o.hear_clips * len(LESSONS[kind])
+    for s in tqdm(islice(scenes, clips), total=clips, desc=f"clips for {kind}", mininterval=1):
         fronts.append(encoder.front_end(torch.from_numpy(render(s))[None]))
         rows, sizes = context(kind, s, times)
         truth.append(rows)
@@ -1269,7 +1271,8 @@ def read_world(o):
         told, talks = zip(*map(page, range(16 * step, 16 * step + 16)))
         told = stack([llm.embed(torch.tensor(tokenizer.encode(text))) for text in told])
         rows = [row for row, some in enumerate(talks) for _ in some]
-        ids, weights = zip(*(conversation(tokenizer, pairs) for pairs in chain(*talks)))
+        talks = [*chain(*talks)]
+        ids, weights = zip(*(conversation(tokenizer, pairs) for pairs in talks))
         ids, weights = pad([*map(torch.tensor, ids)]), pad([*map(torch.tensor, weights)])
         # half of all pages are read the one way, half the other, so that neither is strange
         segments = [("plits", llm.embed(torch.tensor([[tokenizer.bos_id]])), None),
@@ -1278,7 +1281,7 @@ def read_world(o):
         run(llm, segments, cache)
         text = [("plits", llm.embed(ids[:, :-1]), None)]
         hidden = run(llm, text, cache.fork(rows, ids.shape[1]))
-        return weighted_loss(llm, hidden, ids, weights)
+        return weighted_loss(llm, hidden, ids, weights) / sum(map(len, talks))
 
     fit(llm, loss_of, o.read_steps, 2e-3, "the LLM reads")
     return tokenizer, llm
@@ -1290,7 +1293,7 @@ def prepare(o):
     tokenizer, llm = read_world(o)
     parts = {"llm": llm, "whisper": teach("whisper", o.hear_steps, o),
              "sslam": teach("sslam", 4 * o.hear_steps, o),  # by far the hardest lesson
-             "clap": match(o.hear_steps * 3 // 4, o)}
+             "clap": match(o.hear_steps * 3 // 5, o)}
     half = {name: {k: v.half() for k, v in part.state_dict().items()}
             for name, part in parts.items()}
     save_atomically(o.base, {"format": BASE, "llm_config": asdict(llm.config), "state": half,
@@ -1393,7 +1396,7 @@ class Options:
     prepare: bool = option(False, "make assets/base.pt anew and stop")
     read_steps: int = option(2400, "with --prepare: steps of the LLM's reading")
     hear_clips: int = option(4500, "with --prepare: clips the encoders learn from", low=1)
-    hear_steps: int = option(600, "with --prepare: steps of Whisper, a quarter of SSLAM's")
+    hear_steps: int = option(750, "with --prepare: steps of Whisper, a quarter of SSLAM's")
 
 
 def main(o):

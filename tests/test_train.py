@@ -319,7 +319,7 @@ def test_the_loss_is_that_of_the_answers_tokens_and_padding_changes_nothing(mode
         for t, token in enumerate(answer):  # one at a time, after all that is before it
             hidden = model([features[i["clip"]]], torch.tensor([prompt + answer[:t]]))
             surprise.append(-model.llm.head(hidden)[0, -1].log_softmax(0)[token].item())
-        means.append(np.mean(surprise))  # a short answer counts as much as a long one
+        means.append(sum(surprise) / len(answer) ** 0.5)
     loss = train.answer_loss(model, features, items).item()
     assert abs(loss - np.mean(means)) < 1e-12
     alone = [train.answer_loss(model, features, [i]).item() for i in items]
