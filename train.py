@@ -464,7 +464,7 @@ PHRASINGS = {
     "present": "Do you hear {x}?|Does the clip contain {x}?|Is {x} in the audio?",
     "louder": "Which is louder, {x}?|Which one is louder, {x}?|What is louder, {x}?",
     "overlap": "Do {x} overlap?|Are {x} heard together?|Do {x} sound at the same time?",
-    "besides": "What is there besides the speech?|Which sound is with the speech?|What else sounds?",
+    "besides": "What is there besides speech?|Which sound is with the speech?|What else sounds?",
     "said after": "What is said after {x}?|Which words follow {x}?|What is said once {x} is over?",
     "said before": "What is said before {x}?|Which words precede {x}?|What is said until {x}?",
     "notes": "How many notes does {x} play?|Count the notes of {x}.|How many notes are by {x}?",
