@@ -84,7 +84,7 @@ def command_line(config, doc, main):
     except ValueError as e:
         parser.fail(str(e))
     except OSError as e:
-        parser.fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+        parser.fail(f"{e.filename}: {e.strerror}" if e.filename else e.strerror or str(e))
     except KeyboardInterrupt:
         parser.exit(130, "\nstopped; what was saved stays as it was\n")
 

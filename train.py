@@ -785,10 +785,9 @@ def optimizer_of(model, rates, freeze="none"):
         p.requires_grad_(name.split(".")[0] in rates and not kept)
     for part, lr in rates.items():
         learns = [p for p in getattr(model, part).parameters() if p.requires_grad]
-        # decay is for matrices: gains, biases and gates have a size of their own
-        for decay, some in ((0.05, [p for p in learns if p.ndim > 1]),
-                            (0.0, [p for p in learns if p.ndim < 2])):
-            groups.append({"params": some, "lr": lr, "peak": lr, "weight_decay": decay})
+        for matrices in (True, False):  # gains, biases and gates are not pulled to zero
+            groups.append({"params": [p for p in learns if (p.ndim > 1) == matrices],
+                           "lr": lr, "peak": lr, "weight_decay": 0.05 * matrices})
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=model.device.type == "cuda" or None)
 
 
@@ -1370,7 +1369,7 @@ class Options:
     difficulty: int = option(1, "of the listening world: more events, overlap and noise", high=2)
     batch: int = option(None, "questions a step; else the stage's own, 32 or with --llm 256", low=1)
     steps1: int = option(None, "steps of stage 1, connectors alone on classification; else as in "
-                               "the tables at the top of this file")
+                               "the tables at the top of train.py")
     steps2: int = option(None, "steps of stage 2, LLM and connectors on closed questions")
     steps3: int = option(None, "steps of stage 3, LLM and connectors on all questions")
     epochs: float = option(0.0, "passes over a stage's questions, instead of steps")

@@ -658,7 +658,7 @@ def outcome(lines):
     return lines, torch.load("out/lal/model.pt", weights_only=True)["state"]
 
 
-@pytest.mark.parametrize("after, how", [(2, "killed"), (5, "killed"), (4, "asked"), (9, "asked")])
+@pytest.mark.parametrize("after, how", [(2, "killed"), (4, "killed"), (4, "asked"), (9, "asked")])
 def test_a_training_broken_off_and_resumed_is_the_unbroken_one_to_the_bit(
         after, how, stops, learn, sounds):
     lines, weights = outcome(learn()[2])
@@ -797,6 +797,20 @@ def test_a_batch_in_parts_is_the_batch_at_once(data, learn, sounds, monkeypatch)
     whole = learn(*options, "--batch", 5, steps=(11, 11, 11), **kind)[2]
     parts = learn(*options, "--batch", 5, "--micro", 2, steps=(11, 11, 11), **kind)[2]
     assert len(losses(whole)) == 6 and close(whole, parts) and losses(whole) != losses(parts)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_parts_of_a_batch_are_all_of_it_and_its_answers_are_counted(workers):
+    items = [{"pairs": [(f"{i} ", "yes")] * (1 + i)} if i % 2 else
+             {"instruction": f"{i}", "output": "yes"} for i in range(6)]
+    supply = [np.array([3, 0, 5, 1, 4]), np.array([2])]
+    ready = train.Ready(items, audio_llm("lal").tokenizer)
+    found = list(train.in_parts(iter(supply), ready, train.Options(micro=2, workers=workers)))
+    assert [answers for answers, _ in found] == [4 + 1 + 6 + 2 + 1, 1]
+    assert [[len(some) for some, _ in parts] for _, parts in found] == [[2, 2, 1], [1]]
+    for batch, (_, parts) in zip(supply, found):
+        ids = [item["ids"] for some, count in parts for item in some if count]
+        assert ids == [ready[i]["ids"] for i in batch]
 
 
 TWO = """import sys
