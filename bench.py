@@ -318,9 +318,9 @@ def loss(llm, b, ids, prefix, side):
     return loss_of(pal(llm, ids, prefix, side, layers=b.layers), ids)
 
 
-def train_step(llm, b, ids, prefix, side):
+def train_step(llm, *batch):
     llm.zero_grad(set_to_none=True)
-    loss(llm, b, ids, prefix, side).backward()
+    loss(llm, *batch).backward()
 
 
 @torch.no_grad()
@@ -330,24 +330,19 @@ def listen(llm, b, prefix, side):
     return cache if side is None else hear(llm, side, "lal", cache, b.layers)
 
 
-def timed(functions, device, rounds, warm=1):
-    """Run the functions {name: f} in turn, so many rounds: {name: seconds of each run}, all that f
-    set going on the device included. Rounds that warm up do not count."""
+def timed(functions, device, rounds):
+    """Run the functions {name: f} in turn: {name: seconds of each of so many runs}, all that f set
+    going on the device included. A round before them is to warm up."""
     took = {name: [] for name in functions}
-    for turn in range(warm + rounds):
+    wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
+    for _ in range(1 + rounds):
         for name, f in functions.items():
-            wait_for(device)
+            wait()
             began = time.perf_counter()
             f()
-            wait_for(device)
-            if turn >= warm:
-                took[name].append(time.perf_counter() - began)
-    return took
-
-
-def wait_for(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+            wait()
+            took[name].append(time.perf_counter() - began)
+    return {name: times[1:] for name, times in took.items()}
 
 
 def product_rate(device, dtype):
@@ -554,17 +549,21 @@ def seconds(row):
 
 def training(o, row, b, plits):
     """Columns of the training table alone."""
-    c, size, fused = LLMS[o.llm], getattr(torch, o.dtype).itemsize, o.device.startswith("cuda")
-    peak, other = (memory(c, x, size, fused)["+ gradients"] for x in (b, plits))
+    peak, other = (memory(LLMS[o.llm], x, **number(o))["+ gradients"] for x in (b, plits))
     return {"attention": "+".join(row["kernels"]), "kept MB predicted": kept(o, b) / 1e6,
             "measured ": row["kept"] / 1e6, "peak MB predicted": peak / 1e6,
             "saved % predicted": 100 * (1 - peak / other)}
 
 
+def number(o):
+    """What kept_bytes wants to know of the device and of the numbers there."""
+    return {"size": getattr(torch, o.dtype).itemsize, "fused": o.device.startswith("cuda")}
+
+
 def kept(o, b):
     """What a training step keeps, the softmax of its logits too: what saved_bytes measures."""
-    c, size, fused = LLMS[o.llm], getattr(torch, o.dtype).itemsize, o.device.startswith("cuda")
-    return kept_bytes(c, b, size, fused) + 4 * b.B * b.text * c.vocab_size
+    c = LLMS[o.llm]
+    return kept_bytes(c, b, **number(o)) + 4 * b.B * b.text * c.vocab_size
 
 
 def inference(o, row, b, plits):
@@ -775,7 +774,7 @@ class Options:
     quality: bool = option(False, "instead of all that, train and score arms on train.py's world")
     arms: str = option("all", "with --quality: which, like lal,pal: " + ", ".join(ARMS))
     seeds: int = option(3, "with --quality: runs of each arm, seeds 0, 1...", low=1)
-    steps: int = option(600, "with --quality: training steps of an arm")
+    steps: int = option(800, "with --quality: training steps of an arm")
     clips: int = option(2000, "with --quality: training clips", low=1)
     test_clips: int = option(200, "with --quality: test clips", low=1)
     difficulty: int = option(0, "with --quality: of the world", high=2)
@@ -784,9 +783,9 @@ class Options:
 
 def numbers(text, flag):
     """"256,64" as [64, 256]. ValueError if it says anything else."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and 1 <= int(part) <= 1 << 20 for part in parts):
-        raise ValueError(f"{flag} {text}: expected whole numbers of 1 to {1 << 20}, like 64,256")
+    parts = text.split(",")
+    if not all(part.isdigit() and 1 <= int(part) <= MOST for part in parts):
+        raise ValueError(f"{flag} {text}: expected whole numbers of 1 to {MOST}, like 64,256")
     return sorted({int(part) for part in parts})
 
 
