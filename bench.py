@@ -1,45 +1,53 @@
-"""The numbers: what PLITS, LAL and PAL cost, derived, checked, measured, and seen. How to read the
-result: one table for training, one for inference, a row for each mode and number of audio tokens
-Na. "Predicted" is this file's own arithmetic (matrix products only: 2 m k n operations for (m, k)
-times (k, n)), "measured" is this machine's clock and memory, "paper" is what the paper says of its
-own setting, which it does not describe in full. Speed-ups are against PLITS of the same row: the
-prediction is the ratio of FLOPs, so a measured speed-up below it is time lost on work that is not
-a matrix product, and the utilisation is the share of this machine's own matrix product rate that
-the mode reaches. "Kept" is what forward stores for backward; "peak" is everything, weights and
-gradients too. The accounting table asks what the paper may have counted: for each way to count
-memory, the Na at which the paper's 64.1% falls out, and the Na at which its 247.5% does. Where
-the two are equal, both headlines hold at one setting. Each mode runs in a process of its own, one
-after another; "out of memory" is a result too. The last line of stdout is all of it, as JSON.
+"""The numbers: what PLITS, LAL and PAL cost, derived, checked, measured and seen; what arms learn.
+How to read the result: one table for training, one for inference, a row for each mode and number
+of audio tokens Na. "Predicted" is this file's own arithmetic (matrix products only: 2 m k n
+operations for (m, k) times (k, n)), "measured" is this machine's clock and memory, "paper" is what
+the paper says of its own setting, which it does not describe in full. Speed-ups are against PLITS
+of the same row; one below the ratio of FLOPs has lost time on work that is no matrix product.
+Utilisation is the share of this machine's own matrix product rate. "Kept" is what forward stores
+for backward, "peak", of a GPU, is everything. The accounting table has, for each way to count
+memory, the Na from which on LAL saves the paper's 64.1%, and is 247.5% faster; where the two are
+equal, both headlines hold at one setting. The last line of stdout is all of it, as JSON.
 
     python bench.py                                     # a small LLM, a minute or two on a CPU
     python bench.py --llm llama-3.2-1b                  # shapes only, random weights: for a GPU
-    python bench.py --no-sweep                          # the arithmetic alone, nothing measured
-    python bench.py --no-sweep --na 512 --nt 64 --batch 8 --rounds 5 --peer
+    python bench.py --measure nothing                   # the arithmetic alone
+    python bench.py --measure turns --na 512 --nt 64 --batch 8 --peer
+    python bench.py --quality                           # train and score every arm, an hour
 
 The paper: arXiv 2506.10423v2, figure 1 and section 3.
 """
 import bisect
-import gc
+import io
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import train
 from encoders import make_encoder
-from integrate import hear, pal, pick_layers
+from integrate import Arm, hear, pal, pool
 from model import LLM, LLMConfig
 from sample import command_line, option, pick_device
 
@@ -51,7 +59,7 @@ LLMS = {
 }
 ENCODERS = {"whisper": "small", "sslam": "base", "clap": "tiny"}  # public sizes, for --encoders
 PAPER = {"memory": 0.641, "speed": 2.475}  # of LAL against PLITS: less, and more
-SAYS = {"plits": ("1", "0"), "lal": ("up to 3.475", "up to 64.1"), "pal": ("not given",) * 2}
+SAYS = {"speed": "up to 3.475", "train": "up to 64.1", "infer": "up to 83"}  # of LAL
 
 
 # ------------------------------------------------------------------------------------- the math
@@ -173,6 +181,10 @@ def ask_flops(c, b, new, causal=False):
     return b.B * total
 
 
+def answer_flops(c, b, new, causal=False):
+    return hear_flops(c, b, causal) + ask_flops(c, b, new, causal)
+
+
 def parameters(c):
     """How many numbers the LLM's weights are."""
     D, Hd, Kd = widths(c)
@@ -187,83 +199,54 @@ def cache_bytes(c, b, size, new=0):
     return 2 * size * b.B * tokens * c.num_key_value_heads * c.head_dim
 
 
-def kept_bytes(c, b, size, frozen=False, fused=True):
+def kept_bytes(c, b, size, fused=True):
     """Bytes that forward keeps for backward, without the logits: what each product and each bend
     will want to see again. Attention that never stores its T x S scores is taken for granted.
 
     fused: RMSNorm is one kernel (cuda); else it keeps x / rms besides (cpu).
     """
     (D, Hd, Kd), H, L = widths(c), c.num_attention_heads, c.num_hidden_layers
-    run, trained = b.prefix + b.text, not frozen
-    norm = D * (1 if frozen or fused else 2)    # x, and x / rms for the gain's gradient
-    layer = (2 * (norm + D * trained)           # both norms; their outputs, for weight gradients
-             + 2 * Hd                           # q, and softmax(...) v
-             + (3 + trained) * c.intermediate_size)  # gate, silu(gate), up; their product
-    row = run * (L * layer + norm) + b.text * D * trained       # the last norm, the logits' input
+    run = b.prefix + b.text
+    norm = D * (1 if fused else 2)               # x, and x / rms for the gain's gradient
+    layer = (2 * (norm + D)                      # both norms and their outputs
+             + 2 * Hd                            # q, and softmax(...) v
+             + 4 * c.intermediate_size)          # gate, silu(gate), up; their product
+    row = run * (L * layer + norm) + b.text * D  # the last norm, the logits' input
     row += sum(layers * (run + written) * 2 * Kd for written, layers in b.kinds(c))  # k, v
+    once = 2 * (run + b.side) * c.head_dim       # cos and sin of the positions
     if b.side:
-        row += b.side * D * (1 + trained)       # the audio and, once for all layers, its norm
-    once = len(b.layers) * 2 * D * Kd if b.side else 0          # W_K, W_V with the gain folded in
-    once += run * (run + b.side) if b.side else 0               # the mask
-    if b.side and len(b.layers) < L:
-        once += run * run                       # the mask of the layers that have no audio
-    row32 = run * (L * (H + 2) + 1) + b.side    # float32: one a row of scores, one a norm
-    if frozen and not b.prefix:                 # what comes before the audio keeps nothing
-        first = min(b.layers, default=L)
-        row -= b.text * (first * (layer + 2 * Kd) + norm)
-        row32 -= b.text * (first * (H + 2) + 1)
-    once += 2 * (run + b.side) * c.head_dim     # cos and sin of the positions
+        row += b.side * 2 * D                    # the audio and, once for all layers, its norm
+        once += len(b.layers) * 2 * D * Kd       # W_K, W_V with the gain folded in
+        once += run * (run + b.side)             # the mask
+        if len(b.layers) < L:
+            once += run * run                    # and that of the layers that have no audio
+    row32 = run * (L * (H + 2) + 1) + b.side     # float32: one a row of scores, one a norm
     return size * (b.B * row + once) + 4 * b.B * row32
 
 
-def memory(c, b, size, frozen=False, fused=True):
+def memory(c, b, size, fused=True):
     """Bytes of a training step, counted in five ways, each on top of the one before it."""
     P = parameters(c)
     logits = b.B * b.text * c.vocab_size * (size + 4)  # as they come, and their softmax in float32
-    counts = {"activations kept": kept_bytes(c, b, size, frozen, fused),
-              "+ logits, softmax": logits,
-              "+ weights": size * P, "+ gradients": 0 if frozen else size * P,
-              "+ Adam's state": 0 if frozen else 8 * P}  # two float32 each
-    total, sums = 0, {}
-    for name, n in counts.items():
-        total += n
-        sums[name] = total
-    return sums
+    counts = {"activations kept": kept_bytes(c, b, size, fused), "+ logits, softmax": logits,
+              "+ weights": size * P, "+ gradients": size * P, "+ Adam's state": 8 * P}
+    return dict(zip(counts, accumulate(counts.values())))
 
 
-def infer_bytes(c, b, size, new):
-    """Bytes at the peak of inference: weights, what was heard, and the fuller of two moments.
+def limits(c, Nt):
+    """PLITS / LAL as Na grows. What is kept and what is cached tend to a constant. FLOPs do not:
+    LAL's grow with Na, PLITS' with Na^2; so one more token costs first so many times as much, and
+    in the end the whole ratio is so many times Na."""
+    far = 10 ** 12
 
-    Hearing: the widest place of the widest layer. Asking: the copy of the cache that goes on.
-    """
-    def moment(run, written=0):  # residual stream, norm; silu(gate), up and their product
-        return size * b.B * max(run * (2 * c.hidden_size + 3 * c.intermediate_size),
-                                written * 2 * c.hidden_size)
+    def costs(f, Na, *more):
+        return [f(c, batch(c, mode, 1, Na, Nt), *more) for mode in ("plits", "lal")]
 
-    heard = cache_bytes(c, Batch(b.B, b.prefix, b.side, 0, b.layers), size)
-    ask = cache_bytes(c, b, size, new) + moment(b.text)
-    return size * parameters(c) + heard + max(moment(b.prefix, b.side), ask)
-
-
-def limits(c, Nt, size=2):
-    """What PLITS / LAL tends to as Na grows and all else stays: the cost of one more audio token.
-
-    Memory: a constant. FLOPs: under PLITS each one more costs more than the last, for attention's
-    Na^2 stays; so the ratio starts near one constant and in the end grows with Na by another.
-    """
-    def cost(f, mode, Na):
-        b = batch(c, mode, 1, Na, Nt)
-        return f(c, b) if f is train_flops else f(c, b, size)
-
-    def more(f, mode, Na=0):
-        return cost(f, mode, Na + 1) - cost(f, mode, Na)
-
-    lal = more(train_flops, "lal")
-    growth = more(train_flops, "plits", 1) - more(train_flops, "plits", 0)
-    return {"FLOPs, at first": more(train_flops, "plits") / lal,
-            "FLOPs, more for each audio token": growth / 2 / lal,
-            "kept": more(kept_bytes, "plits", 1) / more(kept_bytes, "lal", 1),
-            "cache": more(cache_bytes, "plits") / more(cache_bytes, "lal")}
+    first = [one - none for one, none in zip(costs(train_flops, 1), costs(train_flops, 0))]
+    flops, kept, cache = (p / l for p, l in (
+        costs(train_flops, far), costs(kept_bytes, far, 2), costs(cache_bytes, far, 2)))
+    return {"FLOPs, the first token": first[0] / first[1], "FLOPs, over Na": flops / far,
+            "kept": kept, "cache": cache}
 
 
 # ----------------------------------------------------------------- what the paper may have counted
@@ -271,41 +254,33 @@ def limits(c, Nt, size=2):
 MOST = 1 << 16  # audio tokens, where the search ends
 
 
-def smallest(f, target):
-    """The smallest Na with f(Na) >= target, for an f that grows; None beyond MOST."""
-    found = bisect.bisect_left(range(1, MOST), target, key=f) + 1
-    return found if found < MOST else None
+def headline(c, B, Nt, size, count):
+    """The Na from which on LAL saves the paper's share of memory, counted so, and of time; MOST
+    if it never does. Time by causal FLOPs."""
+    def both(f, Na):
+        return [f(c, batch(c, mode, B, Na, Nt)) for mode in ("plits", "lal")]
 
-
-def headline(c, B, Nt, size, count, causal=True):
-    """The Na from which on LAL saves the paper's share of memory, counted so, and of time."""
     def saving(Na):
-        plits, lal = (memory(c, batch(c, mode, B, Na, Nt), size)[count]
-                      for mode in ("plits", "lal"))
+        plits, lal = both(lambda c, b: memory(c, b, size)[count], Na)
         return 1 - lal / plits
 
     def speed(Na):
-        plits, lal = (train_flops(c, batch(c, mode, B, Na, Nt), causal=causal)
-                      for mode in ("plits", "lal"))
+        plits, lal = both(partial(train_flops, causal=True), Na)
         return plits / lal - 1
 
-    return smallest(saving, PAPER["memory"]), smallest(speed, PAPER["speed"])
+    return [bisect.bisect_left(range(MOST), PAPER[name], lo=1, key=f)
+            for name, f in (("memory", saving), ("speed", speed))]
 
 
-def both(c, B, size, count, causal=True):
-    """(Na, Nt) where both headlines hold at once, `headline` giving one Na; or None."""
-    def gap(Nt):
-        saved, sped = headline(c, B, Nt, size, count, causal)
-        return (saved or MOST) - (sped or MOST)
+def both(c, B, size, count):
+    """(Na, Nt) where both headlines hold at once: with less text, memory asks for more audio than
+    time does, with more text for less. None if there is no such text of up to 4096 tokens."""
+    def enough(Nt):
+        saved, sped = headline(c, B, Nt, size, count)
+        return saved <= sped
 
-    steps = [round(2 ** (i / 2)) for i in range(2, 25)]  # 2 ... 4096 text tokens
-    gaps = [gap(Nt) for Nt in steps]
-    for low, high, a, z in zip(steps, steps[1:], gaps, gaps[1:]):
-        if a and (a > 0) != (z > 0):
-            sign = 1 if z > a else -1
-            Nt = bisect.bisect_left(range(low, high), 0, key=lambda n: sign * gap(n)) + low
-            return headline(c, B, Nt, size, count, causal)[1], Nt
-    return None
+    Nt = bisect.bisect_left(range(4097), True, lo=1, key=enough)
+    return (headline(c, B, Nt, size, count)[1], Nt) if Nt <= 4096 else None
 
 
 # ------------------------------------------------------------------------------- the measurement
@@ -343,9 +318,9 @@ def loss(llm, b, ids, prefix, side):
     return loss_of(pal(llm, ids, prefix, side, layers=b.layers), ids)
 
 
-def train_step(llm, b, ids, prefix, side):
+def train_step(llm, *batch):
     llm.zero_grad(set_to_none=True)
-    loss(llm, b, ids, prefix, side).backward()
+    loss(llm, *batch).backward()
 
 
 @torch.no_grad()
@@ -355,108 +330,77 @@ def listen(llm, b, prefix, side):
     return cache if side is None else hear(llm, side, "lal", cache, b.layers)
 
 
-def seconds(f, device):
-    """How long f() takes, everything that it set going on the device included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    f()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
-def timed(f, device, repeats):
-    """Median, smallest and largest of so many runs of f, after one that does not count."""
-    f()
-    times = [seconds(f, device) for _ in range(repeats)]
-    return {"median": statistics.median(times), "min": min(times), "max": max(times)}
+def timed(functions, device, rounds):
+    """Run the functions {name: f} in turn: {name: seconds of each of so many runs}, all that f set
+    going on the device included. A round before them is to warm up."""
+    took = {name: [] for name in functions}
+    wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
+    for _ in range(1 + rounds):
+        for name, f in functions.items():
+            wait()
+            began = time.perf_counter()
+            f()
+            wait()
+            took[name].append(time.perf_counter() - began)
+    return {name: times[1:] for name, times in took.items()}
 
 
 def product_rate(device, dtype):
     """FLOPs a second of a large matrix product: the most that anything here could reach."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device).to(dtype)
-    return 2 * n ** 3 / timed(lambda: a @ a, device, 5)["min"]
-
-
-def forget_peak(device):
-    """Start to look for the peak of memory anew; what is measured is `peak`."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak(device):
-    """Bytes at the peak since forget_peak: of the GPU's tensors, on CPU of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 2 * n ** 3 / min(timed({"product": lambda: a @ a}, device, 5)["product"])
 
 
 class AttentionKernels(TorchDispatchMode):
-    """Which attention kernels ran inside: flash, efficient, cudnn; none: math, the slow one."""
+    """Which attention kernels ran inside: flash, efficient, cudnn; else math, the slow one."""
 
     def __init__(self):
         super().__init__()
         self.names = set()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = operation._schema.name.partition("_scaled_dot_product_")[2]
-        if name:
-            self.names.add(name.split("_attention")[0])
+        if "_scaled_dot_product_" in (name := operation._schema.name):
+            self.names.add(name.partition("product_")[2].partition("_attention")[0])
         return operation(*args, **(kwargs or {}))
 
 
-def measure_training(llm, b, o, floor):
-    device = llm.model.embed_tokens.weight.device
+def measure_training(llm, b, o, device):
     batch = inputs(llm, b)
     kept = saved_bytes(lambda: loss(llm, b, *batch), [*llm.parameters(), batch[0]])
-
-    step = partial(train_step, llm, b, *batch)
-    forget_peak(device)
-    row = {"seconds": timed(step, device, o.repeats), "peak": peak(device) - floor, "kept": kept}
     with AttentionKernels() as kernels:
-        if not o.compile:  # which has its own idea of what an operation is
-            loss(llm, b, *batch)
-    return {**row, "kernels": sorted(kernels.names)}
+        loss(llm, b, *batch)
+    times = timed({"step": partial(train_step, llm, b, *batch)}, device, o.rounds)
+    return {"kept": kept, "kernels": sorted(kernels.names), "seconds": times}
 
 
-def measure_inference(llm, b, o, floor):
-    """Hear, read the question, answer, apart; a second question costs the latter two again."""
-    device = llm.model.embed_tokens.weight.device
+def measure_inference(llm, b, o, device):
+    """Hear, and answer; also reading the question alone. A second question is one more answer."""
     ids, *audio = inputs(llm, b)
-    forget_peak(device)
-    times = {"hear": timed(lambda: listen(llm, b, *audio), device, o.repeats)}
     cache = listen(llm, b, *audio)
-    for name, new in (("ask", 1), ("all", o.new_tokens)):
-        times[name] = timed(lambda: llm.generate(ids, new, cache=cache), device, o.repeats)
-    return {"seconds": times, "peak": peak(device) - floor}
+    times = timed({"hear": lambda: listen(llm, b, *audio),
+                   "answer": lambda: llm.generate(ids, o.new_tokens, cache=cache),
+                   "read": lambda: llm.generate(ids, 1, cache=cache)}, device, o.rounds)
+    return {"read": times.pop("read"), "seconds": times}
 
 
-def measure_encoders(o, device, dtype):
+def measure_encoders(o):
     """Seconds a clip of each encoder, at a public size: the same in every mode."""
-    took = {}
+    device, dtype, took = torch.device(o.device), getattr(torch, o.dtype), {}
     for kind, size in ENCODERS.items():
         encoder = make_encoder(kind, size).eval().requires_grad_(False).to(device)
         wave = torch.randn(2, int(encoder.seconds * encoder.rate), device=device)
         with torch.inference_mode(), torch.autocast(device.type, dtype, dtype != torch.float32):
-            found = timed(lambda: encoder(encoder.front_end(wave)), device, o.repeats)
-        took[kind] = found["median"] / len(wave)
+            runs = timed({kind: lambda: encoder(encoder.front_end(wave))}, device, o.rounds)
+        took[kind] = statistics.median(runs[kind]) / len(wave)
     return took
 
 
-def make_llm(o, device, dtype):
+def make_llm(o, dtype):
     """A new LLM of these shapes, its random weights made where and as they are needed."""
-    torch.manual_seed(o.seed)
+    torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    with torch.device(device):
+    with torch.device(o.device):
         llm = LLM(LLMS[o.llm])
     torch.set_default_dtype(torch.float32)
     if o.compile:
@@ -464,60 +408,54 @@ def make_llm(o, device, dtype):
     return llm
 
 
-def work(o, kind, mode, rows, pipe):
-    """One mode's process: measure every row (Na, Nt) and send what came out, row by row."""
+@cache
+def prepared(o, kind):
+    """What a process needs for all its rows: its share of the memory, an LLM, the product rate."""
     device, dtype = torch.device(o.device), getattr(torch, o.dtype)
     if device.type == "cuda":
         share = o.memory * 1e9 / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
-    elif o.memory:  # more than there is would stop the machine; this way it is an error of torch's
+    else:  # more than there is would stop the machine; this way it is an error of torch's
         resource.setrlimit(resource.RLIMIT_DATA, (int(o.memory * 1e9),) * 2)
-    if kind == "encoders":
-        pipe.send(None)
-        pipe.send(measure_encoders(o, device, dtype))
-        return
     if kind == "infer" and dtype == torch.bfloat16:
         dtype = torch.float16  # the paper's
-    pipe.send(product_rate(device, dtype))
-    forget_peak(device)
-    floor = 0 if device.type == "cuda" else peak(device)
-    llm = make_llm(o, device, dtype).requires_grad_(kind == "train" and not o.frozen)
-    for Na, Nt in rows:
-        try:
-            pipe.send(MEASURES[kind](llm, o.make(mode, kind, Na, Nt), o, floor))
-        except RuntimeError as e:  # torch's out of memory is one, on every device
-            if not (isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)):
-                raise
-            pipe.send({"error": "out of memory"})
-        llm.zero_grad(set_to_none=True)
+    return make_llm(o, dtype).requires_grad_(kind == "train"), product_rate(device, dtype)
 
 
-MEASURES = {"train": measure_training, "infer": measure_inference}
+def work(o, kind, mode, Na, Nt):
+    """A row of the sweep, in the process of its mode."""
+    device, row = torch.device(o.device), {"mode": mode, "Na": Na, "Nt": Nt}
+    llm, rate = prepared(o, kind)
+    measure = measure_training if kind == "train" else measure_inference
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        row |= measure(llm, setting(o, mode, kind, Na, Nt), o, device)
+    except RuntimeError as e:  # torch's out of memory is one, on every device
+        if not (isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)):
+            raise
+        return row | OUT_OF_MEMORY
+    llm.zero_grad(set_to_none=True)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return row | {"rate": rate, "peak": peak}
+
+
+OUT_OF_MEMORY = {"error": "out of memory"}
 
 
 def in_own_process(o, kind, mode, rows, bar):
-    """What `work` sends of all rows. A process that is killed ran out of memory."""
+    """The rows of a mode, all in one process; if that is killed, for memory, in another one."""
     spawn, done = multiprocessing.get_context("spawn"), []
     while len(done) < len(rows):
-        here, there = spawn.Pipe(duplex=False)
-        process = spawn.Process(target=work, args=(o, kind, mode, rows[len(done):], there))
-        process.start()
-        there.close()  # so that the end of the process is the end of the pipe
-        try:
-            rate = here.recv()
-            while len(done) < len(rows):
-                done.append({"mode": mode, "rate": rate, **here.recv()})
-                bar.update()
-        except EOFError:
-            process.join()
-            if process.exitcode >= 0:
-                raise ValueError(f"{mode}: its process failed, for the reason above") from None
-            done.append({"mode": mode, "error": "out of memory"})
-        process.join()
-    return [{"Na": Na, "Nt": Nt, **row} for (Na, Nt), row in zip(rows, done)]
+        with ProcessPoolExecutor(1, mp_context=spawn) as process:
+            try:
+                for Na, Nt in rows[len(done):]:
+                    done.append(process.submit(work, o, kind, mode, Na, Nt).result())
+                    bar.update()
+            except BrokenProcessPool:
+                done.append({"mode": mode, "Na": Na, "Nt": Nt} | OUT_OF_MEMORY)
+    return done
 
-
-# ------------------------------------------------------------------------- one beside the other
 
 def peer_step(llm, ids, audio):
     """The same PLITS step by transformers' code, with the same weights: a function to be called."""
@@ -525,13 +463,12 @@ def peer_step(llm, ids, audio):
         import transformers as peers
     except ImportError:
         raise ValueError("--peer needs transformers: pip install transformers") from None
-    c, name = llm.config, "Qwen2" if llm.config.qkv_bias else "Llama"
-    known = {k: v for k, v in asdict(c).items() if k not in ("qkv_bias", "rope_scaling")}
+    name = "Qwen2" if llm.config.qkv_bias else "Llama"
+    known = {k: v for k, v in asdict(llm.config).items() if k not in ("qkv_bias", "rope_scaling")}
     config = getattr(peers, name + "Config")(**known, attn_implementation="sdpa")
     peer = getattr(peers, name + "ForCausalLM")(config).to(audio.device, audio.dtype)
     missing, surprising = peer.load_state_dict(llm.state_dict(), strict=False)
     assert set(missing) <= {"lm_head.weight"} and not surprising, (missing, surprising)
-    peer.requires_grad_(llm.model.norm.weight.requires_grad)
 
     def step():
         peer.zero_grad(set_to_none=True)
@@ -542,36 +479,22 @@ def peer_step(llm, ids, audio):
     return step
 
 
-def side_by_side(o):
+def in_turn(o, Na, Nt):
     """Training steps of every mode (and the peer's), in turn, in one process; the best of each."""
-    device, (Na, Nt) = torch.device(o.device), o.rows[-1]
-    llm = make_llm(o, device, getattr(torch, o.dtype)).requires_grad_(not o.frozen)
-    steps, flops, gradients = {}, {}, {}
+    llm = make_llm(o, getattr(torch, o.dtype))
+    steps, flops = {}, {}
     for mode in SHARES:
-        b = o.make(mode, "train", Na, Nt)
+        b = setting(o, mode, "train", Na, Nt)
         ids, *audio = inputs(llm, b)
-        flops[mode] = train_flops(LLMS[o.llm], b, o.frozen)
+        flops[mode] = train_flops(LLMS[o.llm], b)
         steps[mode] = partial(train_step, llm, b, ids, *audio)
         if mode == "plits" and o.peer:
             steps["peer"], flops["peer"] = peer_step(llm, ids, audio[0]), flops[mode]
-            for name in steps:
-                audio[0].grad = None
-                steps[name]()
-                gradients[name] = audio[0].grad.float()
-            far = (gradients["plits"] - gradients["peer"]).norm() / gradients["peer"].norm()
-            assert far < (1e-3 if o.dtype == "float32" else 0.1), f"the peer is off by {far}"
-    best = dict.fromkeys(steps, float("inf"))
-    for turn in tqdm(range(o.rounds + 1), desc="side by side", leave=False):
-        for name, step in steps.items():
-            took = seconds(step, device)
-            best[name] = min(best[name], took) if turn else best[name]  # the first one warms up
-    rows = []
-    for name, took in best.items():
-        ratio, sped = flops["plits"] / flops[name], best["plits"] / took
-        row = {"step": name, "best s": took, "GFLOPs": flops[name] / 1e9, "speed-up": sped,
-               "predicted": ratio, "reached %": 100 * sped / ratio}
-        rows.append(row | ({"x peer": best["peer"] / took} if o.peer else {}))
-    return rows
+    best = {name: min(t) for name, t in timed(steps, torch.device(o.device), o.rounds).items()}
+    return [{"step": name, "best s": took, "GFLOPs": flops[name] / 1e9,
+             "x PLITS": best["plits"] / took, "predicted": flops["plits"] / flops[name],
+             "reached %": 100 * best["plits"] / took * flops[name] / flops["plits"],
+             "x peer": best["peer"] / took if o.peer else None} for name, took in best.items()]
 
 
 # ----------------------------------------------------------------------------------- the report
@@ -589,91 +512,86 @@ def table(title, rows):
                                for cell, column in zip(line, columns)))
 
 
-def training_report(o, found, encoding):
-    """Rows of the training table: prediction, measurement, the paper's word, side by side."""
-    c, size, fused = LLMS[o.llm], getattr(torch, o.dtype).itemsize, o.device.startswith("cuda")
-    lines, plits = [], {(r["Na"], r["Nt"]): r for r in found if r["mode"] == "plits"}
+def report(o, kind, found, encoding):
+    """The lines of a table: prediction, measurement, the paper's word, side by side."""
+    c, plits = LLMS[o.llm], {(r["Na"], r["Nt"]): r for r in found if r["mode"] == "plits"}
+    cost = train_flops if kind == "train" else partial(answer_flops, new=o.new_tokens)
+    lines = []
     for row in found:
-        at, mode = (row["Na"], row["Nt"]), row["mode"]
-        both = [o.make(m, "train", *at) for m in ("plits", mode)]
-        flops = [train_flops(c, b, o.frozen) for b in both]
-        seen = [train_flops(c, b, o.frozen, causal=True) for b in both]
-        peaks = [memory(c, b, size, o.frozen, fused)["+ gradients"] for b in both]
-        line = {"mode": mode, "Na": at[0], "Nt": at[1], "GFLOPs": flops[1] / 1e9,
-                "causal": seen[1] / 1e9, "samples/s": row.get("error")}
+        at = row["Na"], row["Nt"]
+        base, b, beside = plits[at], *(setting(o, m, kind, *at) for m in (row["mode"], "plits"))
+        flops, seen = ([cost(c, x, causal=causal) for x in (b, beside)]
+                       for causal in (False, True))
+        line = {"mode": row["mode"], "Na": at[0], "Nt": at[1], "GFLOPs": flops[0] / 1e9,
+                "causal": seen[0] / 1e9, "samples/s": row.get("error")}
         lines.append(line)
         if "error" in row:
             continue
-        took, base = row["seconds"]["median"], plits[at] if "error" not in plits[at] else None
-        line |= {"samples/s": o.batch / took,
-                 "spread %": 100 * (row["seconds"]["max"] - row["seconds"]["min"]) / took,
-                 "with encoders": encoding and o.batch / (took + o.batch * encoding),
-                 "x PLITS predicted": flops[0] / flops[1], "causal ": seen[0] / seen[1],
-                 "measured": base and base["seconds"]["median"] / took, "paper": SAYS[mode][0],
-                 "kept MB predicted": kept(o, both[1]) / 1e6, "measured ": row["kept"] / 1e6,
-                 "peak MB predicted": peaks[1] / 1e6, "measured  ": row["peak"] / 1e6,
-                 "saved % predicted": 100 * (1 - peaks[1] / peaks[0]),
-                 "measured   ": base and 100 * (1 - row["peak"] / base["peak"]),
-                 "paper ": SAYS[mode][1], "utilisation %": 100 * seen[1] / took / row["rate"],
-                 "attention": "+".join(row["kernels"]) or ("?" if o.compile else "math")}
+        times, lal = row["seconds"].values(), row["mode"] == "lal"
+        took, other, peaks = seconds(row), seconds(base), (row["peak"], base.get("peak"))
+        line |= {"samples/s": b.B / took,
+                 "spread %": 100 * sum(max(t) - min(t) for t in times) / took,
+                 "with encoders": encoding and b.B / (took + b.B * encoding),
+                 "x PLITS predicted": flops[1] / flops[0], "causal ": seen[1] / seen[0],
+                 "measured": other and other / took, "paper": SAYS["speed"] if lal else None,
+                 **(training if kind == "train" else inference)(o, row, b, beside),
+                 "peak MB": peaks[0] and peaks[0] / 1e6,
+                 "saved %": 100 * (1 - peaks[0] / peaks[1]) if all(peaks) else None,
+                 "paper ": SAYS[kind] if lal else None,
+                 "utilisation %": 100 * seen[0] / took / row["rate"]}
     return lines
+
+
+def seconds(row):
+    """Median seconds of everything that a row does; None if it could not."""
+    return sum(map(statistics.median, row["seconds"].values())) if "seconds" in row else None
+
+
+def training(o, row, b, plits):
+    """Columns of the training table alone."""
+    peak, other = (memory(LLMS[o.llm], x, **number(o))["+ gradients"] for x in (b, plits))
+    return {"attention": "+".join(row["kernels"]), "kept MB predicted": kept(o, b) / 1e6,
+            "measured ": row["kept"] / 1e6, "peak MB predicted": peak / 1e6,
+            "saved % predicted": 100 * (1 - peak / other)}
+
+
+def number(o):
+    """What kept_bytes wants to know of the device and of the numbers there."""
+    return {"size": getattr(torch, o.dtype).itemsize, "fused": o.device.startswith("cuda")}
 
 
 def kept(o, b):
     """What a training step keeps, the softmax of its logits too: what saved_bytes measures."""
-    c, size, fused = LLMS[o.llm], getattr(torch, o.dtype).itemsize, o.device.startswith("cuda")
-    return kept_bytes(c, b, size, o.frozen, fused) + 4 * b.B * b.text * c.vocab_size
+    c = LLMS[o.llm]
+    return kept_bytes(c, b, **number(o)) + 4 * b.B * b.text * c.vocab_size
 
 
-def inference_report(o, found, encoding):
-    """Rows of the inference table; a second question costs what is left when hearing is not."""
+def inference(o, row, b, plits):
+    """Columns of the inference table alone; a second question costs what is left after hearing."""
     c, size = LLMS[o.llm], getattr(torch, o.dtype).itemsize
-    lines, plits = [], {(r["Na"], r["Nt"]): r for r in found if r["mode"] == "plits"}
-    for row in found:
-        at, B = (row["Na"], row["Nt"]), o.infer_batch
-        b = o.make(row["mode"], "infer", *at)
-        heard, asked = hear_flops(c, b), ask_flops(c, b, o.new_tokens)
-        line = {"mode": row["mode"], "Na": at[0], "Nt": at[1], "GFLOPs to hear": heard / 1e9,
-                "to answer": asked / 1e9, "s to hear": row.get("error")}
-        lines.append(line)
-        if "error" in row:
-            continue
-        hears, reads, answers = (row["seconds"][name]["median"] for name in ("hear", "ask", "all"))
-        base = plits[at] if "error" not in plits[at] else None
-        whole = base and base["seconds"]["hear"]["median"] + base["seconds"]["all"]["median"]
-        line |= {"s to hear": hears, "to read": reads, "to answer ": answers - reads,
-                 "samples/s": B / (hears + answers),
-                 "with encoders": encoding and B / (hears + answers + B * encoding),
-                 "x PLITS": whole and whole / (hears + answers),
-                 "2nd question, % of 1st, predicted": 100 * asked / (heard + asked),
-                 "measured": 100 * answers / (hears + answers),
-                 "cache MB": cache_bytes(c, b, size, o.new_tokens) / 1e6,
-                 "peak MB predicted": infer_bytes(c, b, size, o.new_tokens) / 1e6,
-                 "measured ": row["peak"] / 1e6,
-                 "saved %": base and 100 * (1 - row["peak"] / base["peak"]),
-                 "paper": {"plits": "0", "lal": "up to 83", "pal": "not given"}[row["mode"]]}
-    return lines
+    hears, answers = map(statistics.median, row["seconds"].values())
+    reads, ask = statistics.median(row["read"]), ask_flops(c, b, o.new_tokens)
+    return {"s to hear": hears, "to read": reads, "to write": answers - reads,
+            "2nd question, % of 1st, predicted": 100 * ask / answer_flops(c, b, o.new_tokens),
+            "measured ": 100 * answers / (hears + answers),
+            "cache MB": cache_bytes(c, b, size, o.new_tokens) / 1e6}
 
 
-def arithmetic_report(o):
+def arithmetic(o, Na, Nt):
     """What needs no machine: costs part by part, limits, and what the paper may have counted."""
-    c, (Na, Nt) = LLMS[o.llm], o.rows[-1]
-    costs, counts = [], []
+    c, costs, counts = LLMS[o.llm], [], []
     for mode in SHARES:
-        b = o.make(mode, "train", Na, Nt)
+        b = setting(o, mode, "train", Na, Nt)
         parts = {name: n / 1e9 for name, n in forward_flops(c, b).items()}
         costs.append({"mode": mode, **parts, "forward": sum(parts.values()),
-                      "backward": backward_flops(c, b, o.frozen) / 1e9,
-                      "both, causal": train_flops(c, b, o.frozen, causal=True) / 1e9,
-                      "kept MB": kept_bytes(c, b, 2, o.frozen) / 1e6,
+                      "backward": backward_flops(c, b) / 1e9, "kept MB": kept_bytes(c, b, 2) / 1e6,
                       "cache MB": cache_bytes(c, b, 2) / 1e6})
     for count in memory(c, b, 2):
         line = {"counted": count}
         for text in (16, 64, 256):
             line[f"Nt {text}: 64.1% at Na"], line[f"Nt {text}: 247.5% at Na"] = headline(
                 c, o.batch, text, 2, count)
-        line["both at (Na, Nt)"] = both(c, o.batch, 2, count)
-        counts.append(line)
+        counts.append(line | {"both at (Na, Nt)": both(c, o.batch, 2, count)})
     return {"costs": costs, "limits": limits(c, Nt), "accounting": counts}
 
 
@@ -683,73 +601,153 @@ def machine(device):
         return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True,
                               text=True).stdout.strip()
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"cpu": names[0] if names else platform.processor(), "gpu": gpu,
+    text = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    cpu = text.partition("model name\t: ")[2].partition("\n")[0] or platform.processor()
+    return {"cpu": cpu, "gpu": torch.cuda.get_device_name(device) if "cuda" in device else None,
             "threads": torch.get_num_threads(), "python": platform.python_version(),
             "torch": torch.__version__,
             "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "-s", "-uno"))}
 
 
-def picture(o, measured):
+def picture(o, measured, Na, Nt):
     """Memory and throughput against Na, and where one layer's FLOPs go, as one PNG in o.out."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no picture: it needs pip install matplotlib", file=sys.stderr)
         return
-    c, (Na, Nt) = LLMS[o.llm], o.rows[-1]
+    c = LLMS[o.llm]
     figure = Figure(figsize=(13, 4), layout="constrained")
     stored, speed, layer = figure.subplots(1, 3)
     rate = max((row["rate"] for row in measured if "rate" in row), default=1e12)
-    for mode, colour in zip(SHARES, ("tab:red", "tab:blue", "tab:purple")):
-        line = sorted({max(1, Na * i // 100) for i in range(101)})
-        batches = [o.make(mode, "train", n, Nt) for n in line]
-        rows = [r for r in measured if (r["mode"], r["Nt"]) == (mode, Nt) and "error" not in r]
-        for axis, predicted, dots in (
-                (stored, [kept(o, b) / 1e6 for b in batches], [r["kept"] / 1e6 for r in rows]),
-                (speed, [o.batch * rate / train_flops(c, b, o.frozen, True) for b in batches],
-                 [o.batch / r["seconds"]["median"] for r in rows])):
-            axis.plot(line, predicted, color=colour, label=mode.upper())
-            axis.plot([r["Na"] for r in rows], dots, "o", color=colour)
-    low = [0] * len(SHARES)
-    for part in layer_flops(c, 1, 0, 1):
-        high = [forward_flops(c, o.make(mode, "train", Na, Nt))[part] / c.num_hidden_layers / 1e9
-                for mode in SHARES]
-        layer.bar([mode.upper() for mode in SHARES], high, bottom=low, label=part)
-        low = [a + b for a, b in zip(low, high)]
     stored.set_title("kept for backward, MB")
     speed.set_title(f"training steps, samples/s\n(lines: all FLOPs at {rate / 1e9:.3g} GFLOP/s)")
     layer.set_title(f"GFLOPs of one layer, forward, Na {Na}")
-    for axis in (stored, speed):
-        axis.set(xlabel=f"audio tokens Na (Nt {Nt}); lines predicted, dots measured", yscale="log")
+    for mode, colour in zip(SHARES, ("tab:red", "tab:blue", "tab:purple")):
+        line = sorted({max(1, Na * i // 100) for i in range(101)})
+        batches = [setting(o, mode, "train", n, Nt) for n in line]
+        rows = [r for r in measured if (r["mode"], r["Nt"]) == (mode, Nt) and "error" not in r]
+        for axis, predicted, dots in (
+                (stored, [kept(o, b) / 1e6 for b in batches], [r["kept"] / 1e6 for r in rows]),
+                (speed, [o.batch * rate / train_flops(c, b, causal=True) for b in batches],
+                 [o.batch / seconds(r) for r in rows])):
+            axis.plot(line, predicted, color=colour, label=mode.upper())
+            axis.plot([r["Na"] for r in rows], dots, "o", color=colour)
+            axis.set(xlabel=f"audio tokens Na (Nt {Nt}); lines predicted, dots measured",
+                     yscale="log")
+        low, parts = 0, forward_flops(c, batches[-1])
+        for part, shade in zip(layer_flops(c, 1, 0, 1), ("C0", "C1", "C2", "C3")):
+            high = parts[part] / c.num_hidden_layers / 1e9
+            layer.bar(mode.upper(), high, bottom=low, color=shade, label=part)
+            low += high
     stored.legend()
-    layer.legend()
+    layer.legend(list(layer_flops(c, 1, 0, 1)))
     figure.suptitle(f"{o.llm}, {o.dtype}, batch {o.batch}")
     path = Path(o.out) / f"bench-{o.llm}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=70)
-    print(f"wrote {path}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------- what is learnt
+
+ARMS = {  # train.py's options
+    "plits": {"mode": "plits"}, "lal": {}, "pal": {"mode": "pal"}, "attn": {"mode": "attn"},
+    "ffn": {"mode": "ffn"}, "flamingo": {"mode": "flamingo"},
+    "lal-upper": {"lal_layers": "2:"}, "lal-no-rope": {"audio_rope": "off"},
+    "lal-qformer": {"connector": "qformer"}, "lal-mlp": {"connector": "mlp"},
+    "lal-ffn-frozen": {"freeze": "ffn"},
+}
+
+
+BATCH = 16
+
+
+def quality(o):
+    """Train and score every arm on the listening world: one table. What was done before, with the
+    same options, is read from out/quality.jsonl."""
+    arms = list(ARMS) if o.arms == "all" else o.arms.split(",")
+    if not set(arms) <= set(ARMS):
+        raise ValueError(f"--arms {o.arms}: choose all, or from {','.join(ARMS)}")
+    mark = {name: getattr(o, name) for name in ("steps", "clips", "test_clips", "difficulty")}
+    path = Path(o.out) / "quality.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    rows = [row for row in map(json.loads, path.open()) if mark.items() <= row.items()]
+    done = {(row["arm"], row["seed"]): row for row in rows}
+    for seed in tqdm(range(o.seeds), desc="seeds"):
+        missing, sets = [arm for arm in arms if (arm, seed) not in done], None
+        for arm in tqdm(missing, desc="arms", leave=False):
+            sets = sets or heard_world(o, seed)
+            row = done[arm, seed] = {"arm": arm, "seed": seed, **mark, **learn(o, arm, seed, sets)}
+            with path.open("a") as file:
+                print(json.dumps(row), file=file)
+    lines = []
+    for arm in arms:
+        rows = [done[arm, seed] for seed in range(o.seeds)]
+        lines.append({"arm": arm, **{task: spread([100 * row["right"][task] for row in rows])
+                                     for task in rows[0]["right"]}, "trained": rows[0]["trained"],
+                      "GFLOPs": rows[0]["flops"] / 1e9, "kept MB": rows[0]["kept"] / 1e6,
+                      "ms a step": 1000 * statistics.median(row["seconds"] for row in rows)})
+    table(f"% exactly right, mean ± sample standard deviation over seeds; {o.steps} steps of "
+          f"{BATCH}; cost of a step of stage 3", lines)
+    print(json.dumps({"settings": asdict(o), "machine": machine("cpu"), "quality": list(
+        done[arm, seed] for arm in arms for seed in range(o.seeds))}))
+
+
+def spread(values):
+    sd = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{sd}"
+
+
+def arm_of(o, arm, seed, folder=""):
+    """train.py's Options for an arm, and the AudioLLM that they name."""
+    first, second = o.steps // 12, o.steps // 5  # as in train.py
+    options = train.Options(**ARMS[arm], seed=seed, out=folder, batch=BATCH, steps1=first,
+                            steps2=second, steps3=o.steps - first - second)
+    choices = Arm(**{f.name: getattr(options, f.name) for f in fields(Arm)})
+    torch.manual_seed(seed)
+    return options, train.load_base(o.base, options.mode, train.WINDOWS, arm=choices)
+
+
+def heard_world(o, seed):
+    """A seed's training, validation and test set, each (features, items), for all arms. Of the
+    general encoders every token is there, for LFST takes them unpooled."""
+    _, model = arm_of(o, "lal", seed)
+    model.windows |= dict.fromkeys(set(model.windows) - {"whisper"}, 1)
+    harder, sets = {"difficulty": o.difficulty} if o.difficulty else {}, []
+    for split, clips in (("train", o.clips), ("val", 1), ("test", o.test_clips)):
+        clips, items = train.world(split, clips, seed, **harder)
+        sets.append((train.hear_all(model, clips), items))
+    train.with_ids(model, sets[0][1])
+    return sets
+
+
+def learn(o, arm, seed, sets):
+    """Train an arm and score it: shares of right answers by task, and what a step costs."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        options, model = arm_of(o, arm, seed, folder)
+        windows = model.windows | {"whisper": 1}  # whose tokens are pooled already
+        sets = [({clip: {kind: pool(x, windows[kind]) for kind, x in kinds.items()}
+                  for clip, kinds in features.items()}, items) for features, items in sets]
+        with open(f"{folder}/metrics.jsonl", "w") as file:
+            train.train(model, *sets[:2], options, file, train.beginning(model, options, None))
+        features, items = sets[2]
+        right = {"all": []}
+        for item, answer in zip(items, train.answers(model, features, items)):
+            for task in (item["task"], "all"):
+                right.setdefault(task, []).append(float(answer == item["output"]))
+    model.train()
+    step = partial(train.answer_loss, model, sets[0][0], sets[0][1][:BATCH])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step().backward()
+    times = timed({arm: lambda: step().backward()}, model.device, 5)[arm]
+    return {"right": {task: statistics.mean(r) for task, r in sorted(right.items())},
+            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "flops": counter.get_total_flops(), "kept": saved_bytes(step, model.parameters()),
+            "seconds": statistics.median(times)}
 
 
 # ----------------------------------------------------------------------------------------- options
-
-def numbers(text, flag):
-    """"256,64" as [64, 256]. ValueError if it says anything else."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and 1 <= int(part) <= 1 << 20 for part in parts):
-        raise ValueError(f"{flag} {text}: expected whole numbers of 1 to {1 << 20}, like 64,256")
-    return sorted({int(part) for part in parts})
-
-
-def available(device):
-    """Bytes of memory that a new process could have on the device; 0 if nobody says."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    words = Path("/proc/meminfo").read_text().split() if sys.platform == "linux" else []
-    return int(words[words.index("MemAvailable:") + 1]) * 1024 if words else 0
-
 
 @dataclass(frozen=True)
 class Options:
@@ -761,89 +759,94 @@ class Options:
     new_tokens: int = option(32, "length of an answer", low=2)
     share: float = option(0.5, "of PAL's audio tokens, how many run the PLITS way (the speech "
                                "encoder's); the rest is written the LAL way", high=1)
-    lal_layers: str = option("all", "layers that read written audio, like 4: or ::2 or 0,4,8")
-    frozen: bool = option(False, "train the audio tokens alone: stage 1")
-    sweep: bool = option(True, "measure every mode in a process of its own")
-    repeats: int = option(5, "runs whose median is taken, after one that does not count", low=1)
-    rounds: int = option(0, "also run all modes' training steps in turn in one process, so often, "
-                            "at the last Na and Nt, and keep the best")
-    peer: bool = option(False, "beside them transformers' PLITS step (5 rounds unless --rounds)")
+    measure: str = option("sweep", "every mode in a process of its own, or training steps of all "
+                                   "modes in turn in one process, at the last Na and Nt",
+                          choices=["sweep", "turns", "nothing"])
+    rounds: int = option(5, "runs that count, after one that does not", low=1)
+    peer: bool = option(False, "with --measure turns: beside them transformers' PLITS step")
     encoders: bool = option(False, "the encoders' time too: whisper small, sslam, clap tiny")
     compile: bool = option(False, "torch.compile the decoder")
     memory: float = option(0.0, "GB that a process may have (0: all there is)")
     device: str = option("auto", "cpu, cuda, mps or auto")
     dtype: str = option("auto", "of training (auto: bfloat16 on cuda, then float16 for inference; "
                                 "else float32)", choices=["auto", "float32", "bfloat16", "float16"])
-    seed: int = option(0, "of weights and inputs")
-    out: str = option("out", "folder for the picture, which needs matplotlib")
+    out: str = option("out", "folder for the picture, which needs matplotlib, and quality.jsonl")
+    quality: bool = option(False, "instead of all that, train and score arms on train.py's world")
+    arms: str = option("all", "with --quality: which, like lal,pal: " + ", ".join(ARMS))
+    seeds: int = option(3, "with --quality: runs of each arm, seeds 0, 1...", low=1)
+    steps: int = option(800, "with --quality: training steps of an arm")
+    clips: int = option(2000, "with --quality: training clips", low=1)
+    test_clips: int = option(200, "with --quality: test clips", low=1)
+    difficulty: int = option(0, "with --quality: of the world", high=2)
+    base: str = option("assets/base.pt", "with --quality: the prepared encoders and LLM")
 
 
-@dataclass(frozen=True)
-class Settings(Options):
-    """The options, made definite: every row (Na, Nt) of the sweep, the layers that read audio."""
-    rows: tuple = ()
-    layers: tuple = ()
+def numbers(text, flag):
+    """"256,64" as [64, 256]. ValueError if it says anything else."""
+    parts = text.split(",")
+    if not all(part.isdigit() and 1 <= int(part) <= MOST for part in parts):
+        raise ValueError(f"{flag} {text}: expected whole numbers of 1 to {MOST}, like 64,256")
+    return sorted({int(part) for part in parts})
 
-    def make(self, mode, kind, Na, Nt):
-        B = self.batch if kind == "train" else self.infer_batch
-        return batch(LLMS[self.llm], mode, B, Na, Nt, self.share, self.layers)
+
+def setting(o, mode, kind, Na, Nt):
+    """The Batch that the options make of a mode, for kind train or infer."""
+    return batch(LLMS[o.llm], mode, o.batch if kind == "train" else o.infer_batch, Na, Nt, o.share)
 
 
 def settle(o):
-    """Settings from Options; ValueError says what cannot be."""
-    device = pick_device(o.device)
-    c, small = LLMS[o.llm], o.llm == "small"
-    Na = "64,256" if small else "64,128,256,512,1024,2048"
-    rows = [(a, t) for t in numbers(o.nt, "--nt") for a in
-            numbers(Na if o.na == "auto" else o.na, "--na")]
-    layers = pick_layers(o.lal_layers, c.num_hidden_layers) or range(c.num_hidden_layers)
+    """The options made definite, and every row (Na, Nt) of the sweep."""
+    device, small = pick_device(o.device), o.llm == "small"
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if o.dtype == "auto" else o.dtype
-    s = Settings(**{**asdict(o), "device": str(device), "dtype": dtype, "rows": tuple(rows),
-                    "layers": tuple(layers), "batch": o.batch or (2 if small else 8),
-                    "infer_batch": o.infer_batch or (2 if small else 12),
-                    "rounds": o.rounds or 5 * o.peer,
-                    "memory": o.memory or available(device) / 1e9})
-    needed = parameters(c) * getattr(torch, dtype).itemsize / 1e9
-    if s.memory and needed > s.memory and (o.sweep or s.rounds):
+    Na = "64,256" if small else "64,128,256,512,1024,2048"
+    rows = [(a, t) for t in numbers(o.nt, "--nt")
+            for a in numbers(Na if o.na == "auto" else o.na, "--na")]
+    o = replace(o, device=str(device), dtype=dtype, batch=o.batch or (2 if small else 8),
+                infer_batch=o.infer_batch or (2 if small else 12),
+                memory=o.memory or (
+                    torch.cuda.mem_get_info(device)[0] if device.type == "cuda"
+                    else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 1e9)
+    needed = parameters(LLMS[o.llm]) * getattr(torch, dtype).itemsize / 1e9
+    if needed > o.memory and o.measure != "nothing":
         raise ValueError(f"--llm {o.llm}: its weights alone take {needed:.2g} GB of {dtype}, and "
-                         f"there are {s.memory:.2g} GB on {device}")
-    return s
+                         f"there are {o.memory:.2g} GB on {device}")
+    return o, rows
 
 
 def main(o):
-    o = settle(o)
-    result = {"settings": asdict(o), "machine": machine(torch.device(o.device))}
+    if o.quality:
+        return quality(o)
+    o, rows = settle(o)
+    result = {"settings": asdict(o), "machine": machine(o.device), **arithmetic(o, *rows[-1])}
     print(f"{o.llm}, {o.dtype}, training batch {o.batch}, inference batch {o.infer_batch}; PAL "
-          f"runs {o.share:.0%} of its audio tokens and writes the rest; "
-          f"{'the LLM is frozen' if o.frozen else 'all is trained'}")
+          f"runs {o.share:.0%} of its audio tokens and writes the rest")
     print(*(f"{name} {value}" for name, value in result["machine"].items()), sep=", ")
-    result |= arithmetic_report(o)
-    table(f"arithmetic: GFLOPs of a step at (Na, Nt) = {o.rows[-1]}; MB at 2 bytes a number",
+    table(f"arithmetic: GFLOPs of a step at (Na, Nt) = {rows[-1]}; MB at 2 bytes a number",
           result["costs"])
     table("PLITS / LAL as Na grows", [result["limits"]])
     table(f"accounting at batch {o.batch}: where LAL reaches the paper's figures, by causal FLOPs",
           result["accounting"])
     measured = {"train": [], "infer": []}
-    if o.sweep:
-        steps = len(measured) * len(SHARES) * len(o.rows) + o.encoders
-        with tqdm(total=steps, desc="sweep", leave=False) as bar:
-            encoders = in_own_process(o, "encoders", "all", [(0, 0)], bar) if o.encoders else []
+    if o.measure == "turns":
+        result["in turn"] = in_turn(o, *rows[-1])
+        table(f"training steps in turn in one process, best of {o.rounds}, (Na, Nt) = {rows[-1]}",
+              result["in turn"])
+    if o.measure == "sweep":
+        encoding = None
+        if o.encoders:
+            result["encoders"] = measure_encoders(o)
+            encoding = sum(result["encoders"].values())
+            table("encoders, seconds a clip", [result["encoders"]])
+        with tqdm(total=2 * len(SHARES) * len(rows), desc="sweep", leave=False) as bar:
             for kind, found in measured.items():
                 for mode in SHARES:
-                    found += in_own_process(o, kind, mode, o.rows, bar)
-        encoding = sum(encoders[0].get(kind, 0) for kind in ENCODERS) if encoders else None
-        result |= {"encoders": encoders, "measured": measured,
-                   "training": training_report(o, measured["train"], encoding),
-                   "inference": inference_report(o, measured["infer"], encoding)}
-        if encoders:
-            table("encoders, seconds a clip", [{**ENCODERS, **encoders[0]}])
+                    found += in_own_process(o, kind, mode, rows, bar)
+        result |= {"measured": measured,
+                   "training": report(o, "train", measured["train"], encoding),
+                   "inference": report(o, "infer", measured["infer"], encoding)}
         table("training, forward and backward, each mode in its own process", result["training"])
         table(f"inference, {o.new_tokens} new tokens", result["inference"])
-    if o.rounds:
-        result["side by side"] = side_by_side(o)
-        table(f"training steps in turn in one process, best of {o.rounds}, (Na, Nt) = {o.rows[-1]}",
-              result["side by side"])
-    picture(o, measured["train"])
+    picture(o, measured["train"], *rows[-1])
     print(json.dumps(result))
 
 

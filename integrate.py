@@ -29,13 +29,9 @@ from model import (FAR, LLM, KVCache, LLMConfig, end, place, read_tokenizer, rot
                    visibility)
 
 # A mode is nothing but the route of each encoder, in the order of their tokens.
-ROUTES = {
-    "plits": {"whisper": "plits", "sslam": "plits", "clap": "plits"},
-    "lal": {"whisper": "lal", "sslam": "lal", "clap": "lal"},
-    "pal": {"whisper": "plits", "sslam": "lal", "clap": "lal"},
-    "attn": {"whisper": "attn", "sslam": "attn", "clap": "attn"},
-    "ffn": {"whisper": "ffn", "sslam": "ffn", "clap": "ffn"},
-}
+HOWS = {"plits": ("plits",) * 3, "lal": ("lal",) * 3, "pal": ("plits", "lal", "lal"),
+        "attn": ("attn",) * 3, "ffn": ("ffn",) * 3}
+ROUTES = {mode: dict(zip(ENCODERS, hows)) for mode, hows in HOWS.items()}
 MODES = (*ROUTES, "flamingo")
 
 # What audio tokens do in each layer beside leaving keys and values there: attend, feed forward.
@@ -57,15 +53,17 @@ class Arm:
 
 def pick_layers(text, count):
     """The layers, of so many, that "4:", "::2" or "0,4,8" names; None for "all"."""
+    if text == "all":
+        return None
     try:
         numbers = [int(n) if n else None for n in text.split(":" if ":" in text else ",")]
-        layers = range(count)[slice(*numbers)] if ":" in text else numbers
-        if layers and set(layers) <= set(range(count)):
-            return sorted(set(layers))
+        chosen = set(range(count)[slice(*numbers)] if ":" in text else numbers)
     except (ValueError, TypeError):
-        if text == "all":
-            return None
-    raise ValueError(f"lal-layers {text}: expected all, or of 0 to {count - 1}: 2: or ::2 or 0,1")
+        chosen = ()
+    if not chosen or not chosen <= set(range(count)):
+        raise ValueError(f"lal-layers {text}: expected all, or of 0 to {count - 1}: "
+                         "2: or ::2 or 0,1")
+    return sorted(chosen)
 
 
 # --------------------------------------------------------------------------------- hearing
@@ -131,29 +129,28 @@ def run(llm, segments, cache=None, layers=None, rope=True):
         cache = KVCache(llm.config.num_hidden_layers)
     start = cache.next if cache else 0
     plain = plain and (cache is None or cache.plain)
-    sequence, where, hidden = [], [], []
+    waiting, hidden = [], []
 
-    def run_sequence():
+    def run_waiting(in_order=False):
+        tokens, where = zip(*waiting)
         rows = max(p.shape[0] for p in where)
         positions = torch.cat([p.expand(rows, -1) for p in where], dim=1)
-        hidden.append(llm.model(torch.cat(sequence, dim=1), positions, cache))
+        hidden.append(llm.model(torch.cat(tokens, dim=1), None if in_order else positions, cache))
+        waiting.clear()
 
     for how, tokens, lengths in segments:
         positions, start = place(start, tokens.shape[1], lengths)
         if how == "plits":
-            sequence.append(tokens.expand(B, -1, -1))
-            where.append(positions.to(tokens.device))
+            waiting.append((tokens.expand(B, -1, -1), positions.to(tokens.device)))
             continue
-        if how == "attn" and sequence:  # what it attends to has to run first
-            run_sequence()
-            sequence, where = [], []
+        if how == "attn" and waiting:  # what it attends to has to run first
+            run_waiting()
         # goes into the cache at its own place in the layout, before what is still to run
         hear(llm, tokens, how, cache, layers if how == "lal" else None, positions, rope)
-    if len(sequence) == len(segments) and plain:
-        return llm.model(torch.cat(sequence, dim=1), None, cache)
-    if sequence:
-        run_sequence()
-    cache.next, cache.plain = start, plain
+    if waiting:
+        run_waiting(in_order=plain and len(waiting) == len(segments))
+    if cache:
+        cache.next, cache.plain = start, plain
     return torch.cat(hidden, dim=1) if hidden else None
 
 
@@ -332,13 +329,13 @@ class AudioLLM(nn.Module):
         if not (arm.connector == "lfst" or arm.connector == "auto" and len(general) == 2):
             general = []  # each has its own connector; else LFST joins them
         self.windows = dict(windows) | dict.fromkeys(general, 1)
-        self.joins = {kind: [kind] for kind in self.encoders if kind not in general}
-        self.joins |= {"lfst": general} if general else {}
-        self.connectors = nn.ModuleDict()
-        for name, kinds in self.joins.items():
-            kind = QFormer if arm.connector == "qformer" else MLPConnector
-            self.connectors[name] = (LFST if name == "lfst" else kind)(
-                [encoders[k] for k in kinds], llm.config.hidden_size, arm)
+        own = QFormer if arm.connector == "qformer" else MLPConnector
+        parts = {kind: (own, [kind]) for kind in self.encoders if kind not in general}
+        parts |= {"lfst": (LFST, general)} if general else {}
+        self.joins = {name: kinds for name, (_, kinds) in parts.items()}
+        self.connectors = nn.ModuleDict({
+            name: kind([encoders[k] for k in kinds], llm.config.hidden_size, arm)
+            for name, (kind, kinds) in parts.items()})
         self.routes = ROUTES.get(mode, dict.fromkeys(ENCODERS, mode))
         self.layers = pick_layers(arm.lal_layers, llm.config.num_hidden_layers)
         if (self.layers or arm.audio_rope == "off") and "lal" not in map(self.routes.get, encoders):
@@ -476,38 +473,30 @@ class AudioLLM(nn.Module):
 
         sources: {kind: path} of encoders' own files that have moved since.
         """
-        saved = load_checkpoint(path, FORMAT)
+        saved, encoders = load_checkpoint(path, FORMAT), {}
         try:
-            return cls.restore(path, saved, sources or {})
+            for kind, config in saved["encoders"].items():
+                config, source = ENCODERS[kind].Config(**config), saved["sources"][kind]
+                source = source and ((sources or {}).get(kind) or source)
+                new = load_encoder(kind, source) if source else ENCODERS[kind](config)
+                encoders[kind] = new
+                if new.config != config:
+                    raise ValueError(f"{path}: was trained with another {kind}: {config}")
+            with torch.device("meta"):  # no memory for weights that are about to be replaced
+                llm = LLM(LLMConfig(**saved["llm"]))
+            model = cls(llm, read_tokenizer(from_bytes(saved["tokenizer"])), encoders,
+                        saved["mode"], saved["windows"], Arm(**saved["arm"]))
+            model.fill(path, saved)
         except (KeyError, TypeError, RuntimeError) as e:
             reason = " ".join(str(e).split())
             raise ValueError(f"{path}: made by another version of this code ({reason})") from None
-
-    @classmethod
-    def restore(cls, path, saved, sources):
-        encoders = {}
-        for kind, config in saved["encoders"].items():
-            config, source = ENCODERS[kind].Config(**config), saved["sources"][kind]
-            if source:
-                encoders[kind] = load_encoder(kind, sources.get(kind) or source)
-                if encoders[kind].config != config:
-                    raise ValueError(f"{path}: was trained with another {kind}: {config}")
-            else:
-                encoders[kind] = ENCODERS[kind](config)
-        tokenizer = read_tokenizer(from_bytes(saved["tokenizer"]))
-        with torch.device("meta"):  # no memory for weights that are about to be replaced
-            llm = LLM(LLMConfig(**saved["llm"]))
-        arm = Arm(**saved.get("arm", {}))
-        model = cls(llm, tokenizer, encoders, saved["mode"], saved["windows"], arm)
-        model.fill(path, saved)
         return model.eval()
 
     def fill(self, path, saved):
         """Take the weights out of a checkpoint of this very model. ValueError if of another."""
-        arm = Arm(**saved.get("arm", {}))
-        if (saved["mode"], arm) != (self.mode, self.arm):
-            raise ValueError(f"{path}: of mode {saved['mode']} and {arm}, not {self.mode} and "
-                             f"{self.arm}")
+        if (saved["mode"], saved["arm"]) != (self.mode, asdict(self.arm)):
+            raise ValueError(f"{path}: of mode {saved['mode']} and {saved['arm']}, not {self.mode} "
+                             f"and {self.arm}")
         try:
             unread = self.load_state_dict(saved.pop("state"), strict=False, assign=True)
         except RuntimeError as e:

@@ -1,6 +1,9 @@
 """The arithmetic of bench.py is what torch counts, to the last FLOP; its report says what it is."""
 import json
+import os
 import random
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -84,13 +87,12 @@ def test_causal_flops_are_the_pairs_that_see_each_other():
             assert bench.pairs(b, written, causal=False) == len(kinds) * (b.prefix + b.text)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_what_is_kept_for_backward_is_what_autograd_saves(seed, frozen):
+def test_what_is_kept_for_backward_is_what_autograd_saves(seed):
     c, b = random_setting(seed, B=3, Na=60, Nt=30)
-    llm, inputs = heard(c, b, frozen)
+    llm, inputs = heard(c, b)
     saved = bench.saved_bytes(lambda: bench.loss(llm, b, *inputs), [*llm.parameters(), inputs[0]])
-    told = bench.kept_bytes(c, b, 4, frozen, fused=False) + 4 * b.B * b.text * c.vocab_size
+    told = bench.kept_bytes(c, b, 4, fused=False) + 4 * b.B * b.text * c.vocab_size
     assert saved == pytest.approx(told, rel=0.02)
 
 
@@ -125,10 +127,13 @@ def test_the_limits_are_what_the_ratios_tend_to():
     told, Na = bench.limits(c, 20), 10 ** 9
     plits, lal = (batch(c, mode, 1, Na, 20) for mode in ("plits", "lal"))
     slope = bench.train_flops(c, plits) / bench.train_flops(c, lal) / Na
-    assert slope == pytest.approx(told["FLOPs, more for each audio token"], rel=1e-5)
+    assert slope == pytest.approx(told["FLOPs, over Na"], rel=1e-5)
     kept = bench.kept_bytes(c, plits, 2) / bench.kept_bytes(c, lal, 2)
     assert kept == pytest.approx(told["kept"], rel=1e-5)
-    assert told["FLOPs, at first"] > 1 and told["cache"] == 1
+    assert told["cache"] == 1
+    first = [bench.train_flops(c, batch(c, mode, 1, 1, 20))
+             - bench.train_flops(c, batch(c, mode, 1, 0, 20)) for mode in ("plits", "lal")]
+    assert told["FLOPs, the first token"] == first[0] / first[1] > 1
 
 
 @pytest.mark.parametrize("count", list(bench.memory(SMALL, batch(SMALL, "lal", 1, 9, 9), 2)))
@@ -149,7 +154,7 @@ def test_the_headlines_fall_out_where_the_search_says(count):
 
 # ---------------------------------------------------------------------------------- the program
 
-TINY = ("--na", "4,8", "--nt", "3", "--new-tokens", "2", "--repeats", "1")
+TINY = ("--na", "4,8", "--nt", "3", "--new-tokens", "2", "--rounds", "1")
 
 
 @pytest.fixture
@@ -158,52 +163,77 @@ def tiny(monkeypatch):
 
 
 def test_the_last_line_of_a_report_is_all_of_it_as_json(call, tiny):
-    code, stdout, _ = call(bench, "--no-sweep", "--rounds", "1", *TINY)
+    code, stdout, _ = call(bench, "--measure", "turns", *TINY)
     assert code == 0
     result = json.loads(stdout.splitlines()[-1])
-    assert {"settings", "machine", "costs", "limits", "accounting", "side by side"} <= set(result)
-    assert [row["step"] for row in result["side by side"]] == ["plits", "lal", "pal"]
-    assert all(row["best s"] > 0 for row in result["side by side"])
+    assert {"settings", "machine", "costs", "limits", "accounting", "in turn"} <= set(result)
+    assert [row["step"] for row in result["in turn"]] == ["plits", "lal", "pal"]
+    assert all(row["best s"] > 0 for row in result["in turn"])
     c, b = SMALL, batch(SMALL, "pal", 2, 8, 3)
     pal = result["costs"][2]
     assert pal["forward"] * 1e9 == pytest.approx(sum(bench.forward_flops(c, b).values()))
     assert b.prefix == b.side == 4
 
 
+def test_functions_are_timed_in_turn_after_warming_up():
+    ran = []
+
+    def f(name):
+        time.sleep(0.1 * (name not in ran))  # the first time takes longer
+        ran.append(name)
+
+    took = bench.timed({name: lambda name=name: f(name) for name in "ab"}, torch.device("cpu"), 2)
+    assert ran == list("ababab") and [len(took[name]) for name in "ab"] == [2, 2]
+    assert max(took["a"] + took["b"]) < 0.1
+
+
 def test_rows_measured_in_a_process_stand_beside_their_prediction(capsys):
-    o = bench.settle(bench.Options(na="4,8", nt="3", new_tokens=2, repeats=1, batch=1))
-    found = bench.in_own_process(o, "train", "lal", o.rows, bench.tqdm(disable=True))
+    o, rows = bench.settle(bench.Options(na="4,8", nt="3", new_tokens=2, rounds=1, batch=1))
+    found = bench.in_own_process(o, "train", "lal", rows, bench.tqdm(disable=True))
     assert [(r["mode"], r["Na"], r["Nt"]) for r in found] == [("lal", 4, 3), ("lal", 8, 3)]
-    line = bench.training_report(o, [{**r, "mode": "plits"} for r in found] + found, None)[-1]
+    line = bench.report(o, "train", [{**r, "mode": "plits"} for r in found] + found, 0.5)[-1]
     assert line["kept MB predicted"] == pytest.approx(line["measured "], rel=0.02)
     assert line["measured"] == 1 and line["paper"] == "up to 3.475"
+    assert line["with encoders"] == pytest.approx(1 / (1 / line["samples/s"] + 0.5))
 
 
 def test_inference_is_measured_in_parts(tiny, capsys):
-    o = bench.settle(bench.Options(na="4", nt="3", new_tokens=3, repeats=1))
-    llm = bench.make_llm(o, torch.device("cpu"), torch.float32)
-    rows = [{"mode": mode, "Na": 4, "Nt": 3, "rate": 1e9,
-             **bench.measure_inference(llm, o.make(mode, "infer", 4, 3), o, 0)}
-            for mode in bench.SHARES]
-    for line in bench.inference_report(o, rows, None):
-        assert 0 < line["measured"] < 100 and line["samples/s"] > 0
+    o, _ = bench.settle(bench.Options(nt="3", new_tokens=3, rounds=1))
+    llm, device = bench.make_llm(o, torch.float32), torch.device("cpu")
+    rows = [{"mode": mode, "Na": 4, "Nt": 3, "rate": 1e9, "peak": peak,
+             **bench.measure_inference(llm, bench.setting(o, mode, "infer", 4, 3), o, device)}
+            for mode, peak in (("plits", 400), ("lal", 100), ("pal", None))]
+    lines = bench.report(o, "infer", rows, None)
+    assert all(0 < line["measured "] < 100 and line["samples/s"] > 0 for line in lines)
+    assert [line["saved %"] for line in lines] == [0, 75, None]
 
 
 def test_out_of_memory_is_a_row_and_the_sweep_goes_on(capsys):
-    o = bench.settle(bench.Options(na="4,20000", nt="3", batch=4, repeats=1, memory=1.5))
+    o, _ = bench.settle(bench.Options(batch=4, rounds=1, memory=1.5))
     rows = [(20000, 3), (4, 3)]
     found = bench.in_own_process(o, "train", "plits", rows, bench.tqdm(disable=True))
     assert found[0]["error"] == "out of memory" and "seconds" in found[1]
-    lines = bench.training_report(o, found, None)
+    lines = bench.report(o, "train", found, None)
     assert lines[0]["samples/s"] == "out of memory" and lines[1]["samples/s"] > 0
+
+
+def killed(*row):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_a_row_too(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "work", killed)
+    o, rows = bench.settle(bench.Options(na="4,8", nt="3"))
+    found = bench.in_own_process(o, "train", "pal", rows, bench.tqdm(disable=True))
+    assert [(r["Na"], r["error"]) for r in found] == [(4, "out of memory"), (8, "out of memory")]
 
 
 @pytest.mark.parametrize("words, options", [
     (["gpt-5", "llama-3.2-1b", "qwen2.5-1.5b"], ["--llm", "gpt-5"]),
     (["--na", "whole numbers"], ["--na", "12,x"]),
-    (["lal-layers", "0 to 2"], ["--lal-layers", "1-3"]),
+    (["--arms", "lal-qformer"], ["--quality", "--arms", "lal,lol"]),
     (["llama-3.2-1b", "4.9 GB", "1 GB"], ["--llm", "llama-3.2-1b", "--memory", "1"]),
-    (["--peer", "pip install transformers"], ["--no-sweep", "--peer", *TINY]),
+    (["--peer", "pip install transformers"], ["--measure", "turns", "--peer", *TINY]),
 ])
 def test_a_users_mistake_is_one_line(refuses, tiny, monkeypatch, words, options):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
@@ -218,5 +248,48 @@ def test_help_says_how_to_read_the_result(call):
 
 def test_the_peer_computes_the_same(tiny, capsys):
     pytest.importorskip("transformers")
-    o = bench.settle(bench.Options(na="8", nt="3", rounds=1, peer=True))
-    assert [row["step"] for row in bench.side_by_side(o)] == ["plits", "peer", "lal", "pal"]
+    o, rows = bench.settle(bench.Options(na="8", nt="3", rounds=1, peer=True))
+    assert [row["step"] for row in bench.in_turn(o, *rows[-1])] == ["plits", "peer", "lal", "pal"]
+    b = batch(SMALL, "plits", 2, 8, 3)
+    llm, (ids, audio, _) = heard(SMALL, b)
+    gradients = []
+    for step in (bench.peer_step(llm, ids, audio),
+                 lambda: bench.train_step(llm, b, ids, audio, None)):
+        audio.grad = None
+        step()
+        gradients.append(audio.grad)
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------- what is learnt
+
+def test_arms_are_trained_scored_and_not_trained_again(call, base, brief, tmp_path):
+    options = ("--quality", "--arms", "plits,lal-ffn-frozen", "--steps", "5", "--clips", "5",
+               "--test-clips", "4", "--base", base)
+    code, stdout, _ = call(bench, *options, "--seeds", "1")
+    assert code == 0
+    first = json.loads(stdout.splitlines()[-1])["quality"]
+    path = tmp_path / "out" / "quality.jsonl"
+    lines = path.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == first
+    path.write_text(lines[0] + "\n")  # broken off
+    code, stdout, _ = call(bench, *options, "--seeds", "2")
+    again = json.loads(stdout.splitlines()[-1])["quality"]
+    assert [(r["arm"], r["seed"]) for r in again] == [
+        ("plits", 0), ("plits", 1), ("lal-ffn-frozen", 0), ("lal-ffn-frozen", 1)]
+    plits, _, frozen, _ = again
+    assert plits == first[0]  # its seconds too: it is that very line
+    assert frozen["right"] == first[1]["right"] and len(path.read_text().splitlines()) == 4
+    assert set(plits["right"]) > {"all", "captioning", "classification"}
+    assert plits["flops"] > 2 * frozen["flops"] and plits["kept"] > 2 * frozen["kept"]
+    assert plits["trained"] - frozen["trained"] == 4 * 3 * 128 * 384  # the feed-forward weights
+    assert "±" in stdout and len(stdout.splitlines()) == 6
+
+
+@pytest.mark.parametrize("arm", bench.ARMS)
+def test_every_arm_of_the_comparison_can_be_made_and_counted(arm, base):
+    o = bench.Options(base=str(base), clips=2, steps=0)
+    options, model = bench.arm_of(o, arm, 0)
+    assert model.mode == options.mode
+    features = [{kind: torch.randn(2 * e.grid[1], e.width) for kind, e in model.encoders.items()}]
+    assert model(features, torch.tensor([[5, 6, 7]])).isfinite().all()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import integrate
 from encoders import CLAP, SSLAM, CLAPConfig, SSLAMConfig, Whisper, WhisperConfig
 from integrate import (LFST, MODES, ROUTES, Arm, AudioLLM, Cross, QFormer, hear, lal, pal,
                        pick_layers, plits, pool, run)
@@ -207,6 +208,15 @@ def test_padded_audio_changes_nothing(mode):
         assert same(llm.head(hidden[row:row + 1, -T:]), alone)
 
 
+def test_one_token_after_a_padded_cache_does_not_see_the_padding():
+    llm, ids, a = setting(3)
+    cache, keep = KVCache(3), torch.tensor([4, 2])
+    run(llm, [("lal", a[:, :4], keep)], cache)
+    got = llm(ids[:, :1], cache=cache)
+    for row, n in enumerate(keep):
+        assert same(got[row:row + 1], lal(llm, ids[row:row + 1, :1], a[row:row + 1, :n]))
+
+
 @pytest.mark.parametrize("how", ["deaf", ""])
 def test_unknown_ways_are_a_programmers_mistake(how):
     llm, _, a = setting(0)
@@ -393,6 +403,7 @@ def test_lfst_of_a_batch_is_that_of_each_clip_alone(grids):
 
 def test_gated_layers_let_through_what_the_tanh_of_their_gates_says():
     layer = drawn(Cross(6, 1, 2, gated=True))
+    assert layer.mlp[0].out_features == 24 and Cross(6, 1, 2).mlp[0].out_features == 6
     x, heard = random(2, 3, 6), random(2, 4, 6)
     mask = torch.tensor([4, 2])[:, None, None, None] > torch.arange(4)
     got = layer(x, *layer.remember([heard]), mask)
@@ -525,6 +536,24 @@ def test_every_arm_hears_once_and_comes_back_from_its_checkpoint(name, tmp_path)
     features = model.features(clips)
     assert torch.equal(loaded(features, torch.tensor([[5, 6]])),
                        model(features, torch.tensor([[5, 6]])))
+
+
+def test_an_encoder_file_of_another_size_is_refused(tmp_path, monkeypatch):
+    audio_llm("lal").save(tmp_path / "m.pt")
+    saved = torch.load(tmp_path / "m.pt", weights_only=True)
+    saved["sources"]["whisper"] = "tiny.en.pt"
+    torch.save(saved, tmp_path / "m.pt")
+    asked = []
+
+    def load_encoder(kind, path):
+        asked.append((kind, path))
+        return Whisper(WhisperConfig(width=128, layers=1, seconds=1.6))
+
+    monkeypatch.setattr(integrate, "load_encoder", load_encoder)
+    for moved in ({}, {"whisper": "moved.pt"}):
+        with pytest.raises(ValueError, match="trained with another whisper"):
+            AudioLLM.load(tmp_path / "m.pt", moved)
+    assert asked == [("whisper", "tiny.en.pt"), ("whisper", "moved.pt")]
 
 
 def test_lfst_is_the_default_for_sslam_and_clap_together():
