@@ -94,7 +94,7 @@ RATE = 16000                                   # samples per second
 SECONDS = 4.0                                  # length of every clip
 SPLITS = ("train", "val", "test")
 DOMAINS = ("sound", "speech", "music")
-LOUD = 3.5                                     # dB above the mean; soft is as much below it
+LOUD = 4.5                                     # dB above the mean; soft is as much below it
 
 
 def noise(rng, n, tint):
@@ -306,7 +306,7 @@ class Difficulty:
 
 
 DIFFICULTIES = (Difficulty((1, 2), (2, 4), (3, 3), 0.0, 0.0, 0.0, (-24, -18)),
-                Difficulty((1, 3), (2, 5), (3, 4), 0.4, 0.25, 0.5, (-16, -10)),
+                Difficulty((1, 3), (2, 5), (3, 4), 0.4, 0.2, 0.5, (-18, -12)),
                 Difficulty((2, 5), (3, 6), (3, 5), 0.6, 0.5, 0.7, (-12, -4)))
 
 
@@ -341,7 +341,8 @@ def compose(rng, domain, count, level):
         events = []
         for i in range(count):
             n = int(rng.integers(level.notes[0], level.notes[1] + 1))
-            beat = rng.uniform(0.40, 0.46) if slow == (i == 0) else rng.uniform(0.24, 0.28)
+            beat = rng.uniform(0.44, 0.48) if slow == (i == 0) else rng.uniform(0.30, 0.34)
+            beat *= min(1, 4 / n)              # or five notes twice would not fit in
             notes = draw_melody(rng, n)
             if rng.random() < 0.25:
                 notes, beat = tuple(sorted(rng.choice(8, 3, replace=False).tolist())), 0.0
@@ -444,7 +445,7 @@ def traits(e):
     if not e.beat:
         return [loud, "a chord" if e.notes else "", "", "", ""]
     return [loud, e.way, NUMBERS[len(e.notes)], ORDINALS[int(np.argmax(e.notes))],
-            "fast" if e.beat < 0.35 else "slow"]
+            "fast" if e.beat * max(1, len(e.notes) / 4) < 0.4 else "slow"]
 
 
 # Each question has a few phrasings and one right answer. {x} is "the siren", "a siren" or "di",
@@ -1112,7 +1113,7 @@ def peak_memory(device):
 
 # ------------------------------------------------------------- what is known before the joining
 
-WINDOWS = {"whisper": 4, "sslam": 4, "clap": 1}  # tokens that a connector averages into one
+WINDOWS = {"whisper": 4, "sslam": 4, "clap": 2}  # tokens that a connector averages into one
 WORDS = {"whisper": [*SYLLABLES, "sound", "."], "sslam": [*KINDS, *VOICES, *INSTRUMENTS, "."]}
 LESSONS = {"whisper": ("speech",), "sslam": ("sound", "music")}  # of the rest they hear a quarter
 
@@ -1188,7 +1189,7 @@ def teach(kind, steps, o):
     fronts, truth = [], []
     scenes = (s for s in (scene("train", i, o.seed) for i in count())
               if s["domain"] in LESSONS[kind] or s["key"] % 4 == 0)
-    clips = o.hear_clips * len(LESSONS[kind])
+    clips = o.hear_clips * (3 if kind == "sslam" else 1)  # or it would learn them by heart
     for s in tqdm(islice(scenes, clips), total=clips, desc=f"clips for {kind}", mininterval=1):
         fronts.append(encoder.front_end(torch.from_numpy(render(s))[None]))
         rows, sizes = context(kind, s, times)
@@ -1292,7 +1293,7 @@ def prepare(o):
     tokenizer, llm = read_world(o)
     parts = {"llm": llm, "whisper": teach("whisper", o.hear_steps, o),
              "sslam": teach("sslam", 4 * o.hear_steps, o),  # by far the hardest lesson
-             "clap": match(o.hear_steps * 3 // 5, o)}
+             "clap": match(o.hear_steps // 2, o)}
     half = {name: {k: v.half() for k, v in part.state_dict().items()}
             for name, part in parts.items()}
     save_atomically(o.base, {"format": BASE, "llm_config": asdict(llm.config), "state": half,
@@ -1336,8 +1337,9 @@ def load_base(path, mode, windows, sources=None, folder=None, arm=Arm(), kinds="
 @dataclass(frozen=True)
 class Options:
     mode: str = option("lal", "how the audio enters the LLM", choices=MODES)
-    connector: str = option(Arm.connector, "of sslam and clap together lfst, else mlp; or one of "
-                            "them, or qformer", choices=("auto", "mlp", "qformer", "lfst"))
+    connector: str = option(None, "else mlp for the miniatures, and for real encoders auto: of "
+                            "sslam and clap together lfst, else mlp",
+                            choices=("auto", "mlp", "qformer", "lfst"))
     connector_layers: int = option(Arm.connector_layers, "of a qformer or lfst", low=1, high=99)
     queries: int = option(Arm.queries, "of a qformer: the tokens of each encoder", low=1, high=9999)
     grid_steps: int = option(Arm.grid_steps, "time steps that lfst makes of a window of sound",
@@ -1393,8 +1395,8 @@ class Options:
     device: str = option("auto", "cpu, cuda, mps or auto")
     watch: str = option(None, "say how much a checkpoint looks at the sounds it names, and stop")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
-    read_steps: int = option(2400, "with --prepare: steps of the LLM's reading")
-    hear_clips: int = option(4500, "with --prepare: clips the encoders learn from", low=1)
+    read_steps: int = option(2600, "with --prepare: steps of the LLM's reading")
+    hear_clips: int = option(4000, "with --prepare: clips the encoders learn from", low=1)
     hear_steps: int = option(750, "with --prepare: steps of Whisper, a quarter of SSLAM's")
 
 
@@ -1411,7 +1413,8 @@ def main(o):
         raise ValueError("--no-keep-features is for --data, and needs --val-data besides")
     torch.manual_seed(o.seed)
     sources = {kind: getattr(o, kind) for kind in WINDOWS}
-    arm = Arm(**{f.name: getattr(o, f.name) for f in fields(Arm)})
+    arm = Arm(**{f.name: getattr(o, f.name) for f in fields(Arm)} | {
+        "connector": o.connector or ("auto" if any(sources.values()) else "mlp")})
     model = load_base(o.base, o.mode, WINDOWS, sources, o.llm, arm, o.encoders)
     if o.data:
         items = Questions(o.data, o.audio_root, o.skip_bad)
