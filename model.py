@@ -20,6 +20,7 @@ import re
 import struct
 import unicodedata
 import zipfile
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,32 +162,30 @@ class Inert(dict):
     __hash__ = object.__hash__
 
 
-class Note(tuple):
-    """What a pickle says of a tensor: its storage, offset, size and stride."""
-
-
 class TensorUnpickler(pickle.Unpickler):
     """
     Knows torch's names for types of numbers and for putting a tensor together. Every other name
     in a file means Inert, so nothing that could act is within its reach, whatever the file says.
+    start: where in the file at `path` the bytes of each storage begin, by its key.
     """
 
-    def __init__(self, stream):
+    def __init__(self, stream, path=None, start=None):
         super().__init__(stream, encoding="latin1")
-        self.dtypes = {}  # of each storage, by its key
+        self.path, self.start, self.dtypes = path, start, {}
 
     def find_class(self, module, name):
         if module.split(".")[0] == "torch" and name in STORAGES:
             return STORAGES[name]
         if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
-            return lambda *about: Note(about[:4])
+            return lambda storage, start, size, stride, *_: storage.as_strided(size, stride, start)
         if module == "torch._utils" and name == "_rebuild_parameter":
-            return lambda tensor, *about: tensor
+            return lambda tensor, *_: tensor
         return Inert
 
-    def persistent_load(self, storage):  # ("storage", dtype, key, device, count, ...)
-        self.dtypes[storage[2]] = storage[1]
-        return storage
+    def persistent_load(self, storage):
+        _, dtype, key, _, count, *_ = storage
+        self.dtypes[key] = dtype
+        return values(self.path, self.start[key], dtype, count)
 
 
 def read_zip(path):
@@ -194,7 +193,6 @@ def read_zip(path):
     start = {}
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         pickled, = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        tree = TensorUnpickler(archive.open(pickled)).load()
         folder = pickled.removesuffix(".pkl") + "/"
         for item in archive.infolist():
             if item.filename.startswith(folder):
@@ -203,7 +201,7 @@ def read_zip(path):
                 file.seek(item.header_offset + 26)
                 lengths = struct.unpack("<HH", file.read(4))  # of two fields before the values
                 start[item.filename.removeprefix(folder)] = file.tell() + sum(lengths)
-    return tensors_in(tree, path, start)
+        return tensors_in(TensorUnpickler(archive.open(pickled), path, start).load())
 
 
 def read_legacy(path):
@@ -212,27 +210,26 @@ def read_legacy(path):
     with open(path, "rb") as stream:
         for _ in range(3):
             TensorUnpickler(stream).load()
-        reader = TensorUnpickler(stream)
-        tree, keys = reader.load(), TensorUnpickler(stream).load()
-        at = stream.tell()
-    start = {}
-    for key in keys:
-        start[key] = at + 8
-        at += 8 + values(path, at, torch.int64, 1).item() * reader.dtypes[key].itemsize
-    return tensors_in(tree, path, start)
+        tree = stream.tell()
+        first = TensorUnpickler(stream, path, defaultdict(int))  # only to learn of the storages
+        first.load()
+        keys = TensorUnpickler(stream).load()
+        start, at = {}, stream.tell()
+        for key in keys:
+            start[key] = at + 8
+            at += 8 + values(path, at, torch.int64, 1).item() * first.dtypes[key].itemsize
+        stream.seek(tree)
+        return tensors_in(TensorUnpickler(stream, path, start).load())
 
 
-def tensors_in(tree, path, start, prefix=""):
-    """Flatten nested dicts, and make of each Note in them its tensor; `start` says where
-    each storage's bytes begin."""
+def tensors_in(tree, prefix=""):
+    """The tensors in nested dicts, their names joined by dots."""
     tensors = {}
     for name, node in tree.items():
         if isinstance(node, dict):
-            tensors.update(tensors_in(node, path, start, f"{prefix}{name}."))
-        elif isinstance(node, Note):
-            (_, dtype, key, _, count, *_), offset, size, stride = node
-            storage = values(path, start[key], dtype, count)
-            tensors[f"{prefix}{name}"] = storage.as_strided(size, stride, offset)
+            tensors |= tensors_in(node, f"{prefix}{name}.")
+        elif torch.is_tensor(node):
+            tensors[f"{prefix}{name}"] = node
     return tensors
 
 
@@ -463,8 +460,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
     def heads(self, x):
-        B, T, width = x.shape
-        return x.view(B, T, width // self.head_dim, self.head_dim)  # (B, T, heads, d)
+        return x.view(*x.shape[:2], -1, self.head_dim)  # (B, T, heads, d)
 
     def forward(self, x, rope, mask, cache, layer):
         q = rotate(self.heads(self.q_proj(x)), rope)
