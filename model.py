@@ -20,6 +20,7 @@ import re
 import struct
 import unicodedata
 import zipfile
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,43 +104,37 @@ def load_tensors(path):
             files = [path.parent / name for name in sorted(set(index["weight_map"].values()))]
     for path in files:
         with reading(path, "weights to be read"):
-            file = MappedFile(path)
-            magic = file.data[:9].numpy().tobytes()
+            with open(path, "rb") as file:
+                magic = file.read(9)
             read = read_safetensors if magic[8:] == b"{" else readers.get(magic[:1])
-            found = read(file) if read else {}
+            found = read(path) if read else {}
             if not found:
                 raise ValueError("neither safetensors nor made by torch.save, or empty")
             tensors |= found
     return tensors
 
 
-class MappedFile:
-    """A file as a tensor of bytes that are read when they are used."""
-
-    def __init__(self, path):
-        self.path = path
-        self.data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
-
-    def values(self, start, dtype, count):
-        """
-        `count` values of `dtype` from byte `start`: a map of their own, so that the memory of one
-        tensor is free when it is dropped; or read now if not aligned.
-        """
-        size = count * dtype.itemsize
-        if min(start, count) < 0 or start + size > len(self.data):
-            raise ValueError(f"{len(self.data)} bytes, where {count} {dtype} should be at {start}")
-        if size == 0:
-            return torch.empty(0, dtype=dtype)
-        part = np.memmap(self.path, "u1", "c", start, size)  # copy on write: the file stays whole
-        return torch.from_numpy(part.copy() if start % dtype.itemsize else part).view(dtype)
+def values(path, start, dtype, count):
+    """
+    `count` values of `dtype` from byte `start` of a file: a map of their own, so that the memory
+    of one tensor is free when it is dropped; or read now if not aligned.
+    """
+    size, length = count * dtype.itemsize, path.stat().st_size
+    if min(start, count) < 0 or start + size > length:
+        raise ValueError(f"{length} bytes, where {count} {dtype} should be at {start}")
+    if size == 0:
+        return torch.empty(0, dtype=dtype)
+    part = np.memmap(path, "u1", "c", start, size)  # copy on write: the file stays whole
+    return torch.from_numpy(part.copy() if start % dtype.itemsize else part).view(dtype)
 
 
-def read_safetensors(file):
+def read_safetensors(path):
     """u64 header length; the header, {name: {dtype, shape, data_offsets}} in JSON; the values."""
-    first = 8 + int.from_bytes(file.data[:8].numpy().tobytes(), "little")
-    if first > len(file.data):
-        raise ValueError(f"its header promises {first} bytes, and it has {len(file.data)}")
-    header = json.loads(file.data[8:first].numpy().tobytes())
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"its header promises {length} bytes, which it does not have")
+        header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     tensors, reached = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -147,7 +142,7 @@ def read_safetensors(file):
         count = math.prod(shape)
         if start != reached or end - start != count * dtype.itemsize:  # no gaps, no overlaps
             raise ValueError(f"{name} claims bytes {start} to {end} for {shape} {dtype}")
-        tensors[name], reached = file.values(first + start, dtype, count).reshape(shape), end
+        tensors[name], reached = values(path, 8 + length + start, dtype, count).reshape(shape), end
     return tensors
 
 
@@ -167,78 +162,74 @@ class Inert(dict):
     __hash__ = object.__hash__
 
 
-class Note(tuple):
-    """What a pickle says of a tensor: its storage, offset, size and stride."""
-
-
 class TensorUnpickler(pickle.Unpickler):
     """
     Knows torch's names for types of numbers and for putting a tensor together. Every other name
     in a file means Inert, so nothing that could act is within its reach, whatever the file says.
+    start: where in the file at `path` the bytes of each storage begin, by its key.
     """
 
-    def __init__(self, stream):
+    def __init__(self, stream, path=None, start=None):
         super().__init__(stream, encoding="latin1")
-        self.dtypes = {}  # of each storage, by its key
+        self.path, self.start, self.dtypes = path, start, {}
 
     def find_class(self, module, name):
         if module.split(".")[0] == "torch" and name in STORAGES:
             return STORAGES[name]
         if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
-            return lambda *about: Note(about[:4])
+            return lambda storage, start, size, stride, *_: storage.as_strided(size, stride, start)
         if module == "torch._utils" and name == "_rebuild_parameter":
-            return lambda tensor, *about: tensor
+            return lambda tensor, *_: tensor
         return Inert
 
-    def persistent_load(self, storage):  # ("storage", dtype, key, device, count, ...)
-        self.dtypes[storage[2]] = storage[1]
-        return storage
+    def persistent_load(self, storage):
+        _, dtype, key, _, count, *_ = storage
+        self.dtypes[key] = dtype
+        return values(self.path, self.start[key], dtype, count)
 
 
-def read_zip(file):
+def read_zip(path):
     """torch.save since 2020: a zip of ROOT/data.pkl and, for each storage, ROOT/data/KEY."""
     start = {}
-    with zipfile.ZipFile(file.path) as archive:
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         pickled, = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        tree = TensorUnpickler(archive.open(pickled)).load()
         folder = pickled.removesuffix(".pkl") + "/"
         for item in archive.infolist():
             if item.filename.startswith(folder):
                 if item.compress_type != zipfile.ZIP_STORED:
                     raise ValueError(f"{item.filename} is compressed")
-                lengths = struct.unpack_from("<HH", file.data.numpy(), item.header_offset + 26)
-                start[item.filename.removeprefix(folder)] = item.header_offset + 30 + sum(lengths)
-    return tensors_in(tree, file, start)
+                file.seek(item.header_offset + 26)
+                lengths = struct.unpack("<HH", file.read(4))  # of two fields before the values
+                start[item.filename.removeprefix(folder)] = file.tell() + sum(lengths)
+        return tensors_in(TensorUnpickler(archive.open(pickled), path, start).load())
 
 
-def read_legacy(file):
+def read_legacy(path):
     """torch.save before: three pickles about the format, one of the tree, one of the keys of the
     storages; then the storages in that order, each after an int64 count."""
-    with open(file.path, "rb") as stream:
+    with open(path, "rb") as stream:
         for _ in range(3):
             TensorUnpickler(stream).load()
-        reader = TensorUnpickler(stream)
-        tree, keys = reader.load(), TensorUnpickler(stream).load()
-        at = stream.tell()
-    start = {}
-    for key in keys:
-        start[key] = at + 8
-        at += 8 + file.values(at, torch.int64, 1).item() * reader.dtypes[key].itemsize
-    return tensors_in(tree, file, start)
+        tree = stream.tell()
+        first = TensorUnpickler(stream, path, defaultdict(int))  # only to learn of the storages
+        first.load()
+        keys = TensorUnpickler(stream).load()
+        start, at = {}, stream.tell()
+        for key in keys:
+            start[key] = at + 8
+            at += 8 + values(path, at, torch.int64, 1).item() * first.dtypes[key].itemsize
+        stream.seek(tree)
+        return tensors_in(TensorUnpickler(stream, path, start).load())
 
 
-def tensors_in(tree, file, start, prefix=""):
-    """Flatten nested dicts, and make of each Note in them its tensor; `start` says where
-    each storage's bytes begin."""
+def tensors_in(tree, prefix=""):
+    """The tensors in nested dicts, their names joined by dots."""
     tensors = {}
     for name, node in tree.items():
         if isinstance(node, dict):
-            tensors.update(tensors_in(node, file, start, f"{prefix}{name}."))
-        elif isinstance(node, Note):
-            (_, dtype, key, _, count, *_), offset, size, stride = node
-            values = file.values(start[key], dtype, count)
-            tensors[f"{prefix}{name}"] = values.as_strided(
-                size, stride, values.storage_offset() + offset)
+            tensors |= tensors_in(node, f"{prefix}{name}.")
+        elif torch.is_tensor(node):
+            tensors[f"{prefix}{name}"] = node
     return tensors
 
 
@@ -434,6 +425,20 @@ def rotate(x, rope):
 
 # ------------------------------------------------------------------------------------- the decoder
 
+def linear(x, weight, bias=None):
+    """W x + b of every row of x. A row alone, when generating, is the vector of torch.mv:
+    F.linear takes a kernel made for many rows, in bfloat16 half as slow again."""
+    if x.numel() != weight.shape[1]:
+        return F.linear(x, weight, bias)
+    y = torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
 
@@ -449,14 +454,13 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
     def heads(self, x):
-        B, T, width = x.shape
-        return x.view(B, T, width // self.head_dim, self.head_dim)  # (B, T, heads, d)
+        return x.view(*x.shape[:2], -1, self.head_dim)  # (B, T, heads, d)
 
     def forward(self, x, rope, mask, cache, layer):
         q = rotate(self.heads(self.q_proj(x)), rope)
@@ -464,11 +468,16 @@ class Attention(nn.Module):
         v = self.heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T or S, d)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, d), (B, K, S, d)
         # softmax(q k^T / sqrt(d) + mask) v; told "causal", the kernel needs no mask and skips half
-        causal = mask is None and q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
+        B, T = x.shape[:2]
+        if T > 1:
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                               enable_gqa=True).transpose(1, 2)
+        else:  # the heads that share a key-value head are its rows: it is read once, not for each
+            y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim),
+                                               k, v, mask)  # (B, K, H / K, d)
+        return self.o_proj(y.reshape(B, T, -1))  # (B, T, D)
 
 
 class MLP(nn.Module):
@@ -476,9 +485,9 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -541,7 +550,7 @@ class LLM(nn.Module):
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._initialise)
 
     def _initialise(self, module):
@@ -574,7 +583,7 @@ class LLM(nn.Module):
     def head(self, hidden):
         """Logits (..., V) of hidden states (..., D)."""
         tied = self.config.tie_word_embeddings
-        return F.linear(hidden, self.model.embed_tokens.weight if tied else self.lm_head.weight)
+        return linear(hidden, self.model.embed_tokens.weight if tied else self.lm_head.weight)
 
     def forward(self, ids=None, embeds=None, positions=None, cache=None):
         """Logits (B, T, V) of ids (B, T) or of their embeddings (B, T, D), one of the two.

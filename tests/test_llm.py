@@ -518,12 +518,21 @@ def test_an_answer_streams_in_whole_characters(tmp_path, name, capsys):
 
 # ------------------------------------------------------------- slow: real files, real memory
 
+def llm_folder():
+    return os.environ.get("LLM_FOLDER") or pytest.skip("set LLM_FOLDER to a real LLM's folder")
+
+
+def run(script, *words):
+    """What a script, in a process of its own, prints: numbers."""
+    told = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True,
+                          text=True, cwd=Path(__file__).parent.parent, check=True).stdout
+    return [float(word) for word in told.split()]
+
+
 @pytest.mark.slow
 def test_ids_of_a_real_tokenizer_equal_those_of_the_package():
     tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
-    folder = os.environ.get("LLM_FOLDER")
-    if not folder:
-        pytest.skip("set LLM_FOLDER to a folder with a tokenizer.json and a config.json")
+    folder = llm_folder()
     ours = load_tokenizer(folder)
     theirs = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     theirs.encode_special_tokens = True
@@ -556,6 +565,63 @@ def test_loading_peaks_at_1_2_times_the_size_of_the_weights(tmp_path, dtype):
         wanted = LLM(read_config(tmp_path)).state_dict()
     big = {name: torch.full(t.shape, 0.5, dtype=torch.float16) for name, t in wanted.items()}
     write_folder(tmp_path, "llama3", change=big, **sizes)
-    run = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path), dtype], capture_output=True,
-                         text=True, cwd=Path(__file__).parent.parent, check=True)
-    assert float(run.stdout) < 1.2
+    assert run(LOAD, tmp_path, dtype)[0] < 1.2
+
+
+# Ours, transformers', and the products of a token's vector with every matrix, in turns: tokens a
+# second, the best of three, when they write 128 new ones, and when the first two read 512.
+SPEED = """
+import sys, time, torch, transformers
+from model import LLM, linear
+ours = LLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+theirs = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=sys.argv[2]).eval()
+ids = torch.randint(1000, (1, 512), generator=torch.Generator().manual_seed(0))
+pairs = [(torch.ones(1, 1, w.shape[1], dtype=w.dtype), w) for w in ours.parameters() if w.dim() > 1]
+
+def their_generate(ids, new):
+    theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+                    max_new_tokens=new, min_new_tokens=new)
+
+@torch.inference_mode()
+def products(ids, new):
+    for _ in range(new):
+        for x, w in pairs:
+            linear(x, w)
+
+for generates, prompt, new in (((ours.generate, their_generate, products), ids[:, :16], 128),
+                               ((ours.generate, their_generate), ids, 1)):
+    seconds = [[] for _ in generates]
+    for _ in range(3):
+        for generate, times in zip(generates, seconds):
+            start = time.perf_counter()
+            generate(prompt, new)
+            times.append(time.perf_counter() - start)
+    print(*((128 if new > 1 else 512) / min(times) for times in seconds))
+"""
+
+# Memory that loading, reading 512 tokens and writing 128 takes beyond that of the imports.
+MEMORY = """
+import resource, sys, torch, transformers
+from model import LLM
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+kind = LLM if sys.argv[3] == "ours" else transformers.AutoModelForCausalLM
+words = {} if kind is LLM else dict(do_sample=False, pad_token_id=0, min_new_tokens=128)
+ids, before = torch.arange(1, 513)[None], peak()
+kind.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2])).generate(
+    ids, max_new_tokens=128, **words)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_speed_and_memory_beside_transformers(dtype, capsys):
+    pytest.importorskip("transformers", reason="pip install transformers")
+    folder = llm_folder()
+    new, their_new, products, read, their_read = run(SPEED, folder, dtype)
+    memory, their_memory = (run(MEMORY, folder, dtype, whose)[0] for whose in ("ours", "theirs"))
+    with capsys.disabled():
+        print(f"\n{dtype}, tokens a second: new {new:.1f}, transformers {their_new:.1f}, bare "
+              f"products {products:.1f}; read {read:.0f}, transformers {their_read:.0f}; "
+              f"peak {memory:.0f} MiB, transformers {their_memory:.0f} MiB")
+    assert new > 1.25 * their_new and read > their_read and memory < their_memory
