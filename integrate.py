@@ -494,11 +494,16 @@ class AudioLLM(nn.Module):
 
     def fill(self, path, saved):
         """Take the weights out of a checkpoint of this very model. ValueError if of another."""
-        if (saved["mode"], saved["arm"]) != (self.mode, asdict(self.arm)):
-            raise ValueError(f"{path}: of mode {saved['mode']} and {saved['arm']}, not {self.mode} "
-                             f"and {self.arm}")
+        mine = {"mode": self.mode, **asdict(self.arm)}
+        theirs = {"mode": saved["mode"], **saved["arm"]}
+        if mine != theirs:
+            differs = [f"{name} {theirs.get(name)}, not {mine.get(name)}"
+                       for name in mine | theirs if theirs.get(name) != mine.get(name)]
+            raise ValueError(f"{path}: was trained with {'; '.join(differs)}")
+        state = {name: t.float() if t.dtype == torch.float16 else t  # half() saves half the room
+                 for name, t in saved.pop("state").items()}
         try:
-            unread = self.load_state_dict(saved.pop("state"), strict=False, assign=True)
+            unread = self.load_state_dict(state, strict=False, assign=True)
         except RuntimeError as e:
             raise ValueError(f"{path}: of another model ({' '.join(str(e).split())})") from None
         missing = [name for name in unread.missing_keys if not self.is_elsewhere(name)]
@@ -548,7 +553,8 @@ def save_atomically(path, what, write=torch.save):
             os.fsync(file.fileno())  # or the name could outlive the contents in a power cut
         os.replace(temporary, path)
     except RuntimeError as e:  # torch's, who on a full disk complains of a file cut short
-        raise e.__context__ or e
+        e = e.__context__ or e
+        raise OSError(e.errno, e.strerror, str(path)) if isinstance(e, OSError) else e
     finally:
         temporary.unlink(missing_ok=True)  # on a full disk it would take what room there is
 

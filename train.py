@@ -1058,9 +1058,12 @@ def table(model, features, items, train_items):
     print(f"\n{'domain':<10}{'task':<16}{'questions':>10}" + "".join(f"{c:>12}" for c in given))
     for (d, t), (n, *shares) in rows.items():
         print(f"{d:<10}{t:<16}{n:>10}" + "".join(f"{100 * s:>11.1f}%" for s in shares))
-    for i in np.random.default_rng(0).permutation(len(items))[:5].tolist():
-        said, right = given["model"][i], items[i]["output"]
-        print(f"{items[i]['instruction']} -> {said}" + f"   (it was: {right})" * (said != right))
+    dice = np.random.default_rng(0)
+    for label, hit, some in (("right", True, 3), ("wrong", False, 2)):
+        which = [i for i, a in enumerate(given["model"]) if (a == items[i]["output"]) == hit]
+        for i in dice.permutation(which)[:some].tolist():
+            print(f"{label}: {items[i]['instruction']} -> {given['model'][i]}"
+                  + ("" if hit else f"   (it was: {items[i]['output']})"))
     return {f"{d} {t}": dict(zip(("questions", *given), row)) for (d, t), row in rows.items()}
 
 

@@ -285,6 +285,23 @@ def test_without_a_checkpoint_the_newest_is_asked(call, checkpoint, tmp_path):
     assert "out/lal/model.pt" in stderr
 
 
+def test_a_checkpoint_of_half_numbers_is_asked_like_any_other(checkpoint, tmp_path):
+    model = AudioLLM.load(checkpoint).half()
+    model.save(tmp_path / "half.pt")
+    assert os.path.getsize(tmp_path / "half.pt") < 0.6 * os.path.getsize(checkpoint)
+    again = AudioLLM.load(tmp_path / "half.pt")
+    for one, two in zip(model.parameters(), again.parameters(), strict=True):
+        assert two.dtype == torch.float32 and torch.equal(one.float(), two)
+    features = again.features([lambda rate: torch.randn(rate)])
+    assert isinstance(again.ask(again.hear(features), ["x"], max_new_tokens=2)[0], str)
+
+
+def test_without_any_checkpoint_the_one_that_comes_with_the_code_answers(call, tmp_path):
+    write_wav("a.wav", 0.5)
+    code, _, stderr = call(sample, "--audio", "a.wav", "--prompt", "What is it?")
+    assert code == 0 and "assets/lal.pt: mode lal" in stderr
+
+
 def test_what_is_cropped_or_padded_is_said(call, checkpoint, tmp_path):
     options = ["--prompt", "x", "--max-new-tokens", 3]
     write_wav("long.wav", 9.5)

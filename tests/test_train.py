@@ -618,8 +618,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, hard))  # as a full disk would
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError) as refusal:
             model.save(tmp_path / "m.pt", step=2)
+        assert refusal.value.filename == str(tmp_path / "m.pt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "m.pt").read_bytes() == whole
