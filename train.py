@@ -1403,6 +1403,18 @@ class Options:
     hear_steps: int = option(750, "with --prepare: steps of Whisper, a quarter of SSLAM's")
 
 
+def sources_of(o):
+    """{kind: path} of real encoders, None where there is none."""
+    return {kind: getattr(o, kind) for kind in WINDOWS}
+
+
+def arm_of(o):
+    """The Arm that the options name."""
+    arm = {f.name: getattr(o, f.name) for f in fields(Arm)}
+    return Arm(**arm | {"connector": o.connector or ("auto" if any(sources_of(o).values())
+                                                     else "mlp")})
+
+
 def main(o):
     # where the loss is small, gradients are so small that a CPU would take twice the time for them
     torch.set_flush_denormal(True)
@@ -1415,10 +1427,7 @@ def main(o):
     if not o.keep_features and not o.val_data:
         raise ValueError("--no-keep-features is for --data, and needs --val-data besides")
     torch.manual_seed(o.seed)
-    sources = {kind: getattr(o, kind) for kind in WINDOWS}
-    arm = Arm(**{f.name: getattr(o, f.name) for f in fields(Arm)} | {
-        "connector": o.connector or ("auto" if any(sources.values()) else "mlp")})
-    model = load_base(o.base, o.mode, WINDOWS, sources, o.llm, arm, o.encoders)
+    model = load_base(o.base, o.mode, WINDOWS, sources_of(o), o.llm, arm_of(o), o.encoders)
     if o.data:
         items = Questions(o.data, o.audio_root, o.skip_bad)
         train_data = val_data = test_data = items.clips() if o.keep_features else {}, items
