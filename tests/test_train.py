@@ -254,7 +254,8 @@ def test_the_start_tells_what_is_trained_part_by_part(learn, sounds):
     told = re.findall(r"^(.*?) +([\d,]+) parameters, (frozen|trained .*)$", stdout, re.M)
     assert {part: what for part, _, what in told} == {
         "encoders.whisper": "frozen", "encoders.sslam": "frozen", "encoders.clap": "frozen",
-        "connectors.whisper": "trained in stage 1, 3", "connectors.lfst": "trained in stage 1, 3",
+        "connectors.whisper": "trained in stage 1, 3", "connectors.sslam": "trained in stage 1, 3",
+        "connectors.clap": "trained in stage 1, 3",
         "connectors.flamingo": "trained in stage 1, 3",
         "llm feed-forward": "trained in stage 3", "llm but for that": "trained in stage 3"}
     count = {part: int(n.replace(",", "")) for part, n, _ in told}
@@ -276,9 +277,12 @@ def test_options_choose_the_arm_and_the_checkpoint_keeps_it(options, arm, learn,
     assert code == 0 and stdout.endswith("\n")
 
 
-def test_encoders_can_be_left_out(learn, sounds):
-    learn("--encoders", "clap,whisper")
-    assert list(AudioLLM.load("out/lal/model.pt").connectors) == ["whisper", "clap"]
+def test_encoders_can_be_left_out_and_joined(learn, sounds):
+    for options, names in (("--encoders clap,whisper", ["whisper", "clap"]),
+                           ("", ["whisper", "sslam", "clap"]),
+                           ("--connector auto", ["whisper", "lfst"])):
+        learn(*options.split())
+        assert list(AudioLLM.load("out/lal/model.pt").connectors) == names
 
 
 def test_stages_teach_their_tasks(learn, sounds, watch):
