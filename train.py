@@ -12,17 +12,15 @@ a clip is a function of (seed, split, index), so every machine makes the same tr
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
 import zlib
-from array import array
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, partialmethod
-from itertools import chain, combinations, count, groupby, islice, tee
+from itertools import chain, combinations, count, islice, tee
 from pathlib import Path
 from typing import NamedTuple
 
@@ -369,9 +367,10 @@ def scene(split, index, seed=0, difficulty=1):
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     domain, level = DOMAINS[index % 3], DIFFICULTIES[difficulty]
-    fewest, most = {"sound": level.sounds, "speech": level.syllables}.get(
-        domain, (1, 1 + (rng.random() < level.phrases)))
-    count = int(rng.integers(fewest, most + 1)) if domain != "music" else most
+    phrases = 1 + (rng.random() < level.phrases)
+    fewest, most = {"sound": level.sounds, "speech": level.syllables,
+                    "music": (phrases, phrases)}[domain]
+    count = int(rng.integers(fewest, most + 1))
     while True:                                # counts come first, so that they are uniform
         events, pauses = compose(rng, domain, count, level)
         names = [e.name for e in events]
@@ -398,6 +397,17 @@ def scene(split, index, seed=0, difficulty=1):
     return made | ({"voice": list(VOICES)[rng.integers(len(VOICES))]} if joined else {})
 
 
+def pieces(events):
+    """Events in order, in lists: what is said in one go together, all else alone."""
+    found = []
+    for e in events:
+        if found and e.name in SYLLABLES and found[-1][-1].name in SYLLABLES:
+            found[-1].append(e)
+        else:
+            found.append([e])
+    return found
+
+
 def play(e, t):
     """What an instrument plays -> wave (n,)."""
     make = INSTRUMENTS[e.name]
@@ -413,14 +423,13 @@ def render(scene):
     """A scene -> its wave (samples,), float32 within [-1, 1], the same each time."""
     rng = np.random.default_rng(scene["key"])
     wave = np.zeros(int(SECONDS * RATE), np.float32)
-    for said, part in groupby(scene["events"], key=lambda e: e.name in SYLLABLES or e):
-        part = list(part)                                  # one utterance, or one event
+    for part in pieces(scene["events"]):
         first, last = int(part[0].start * RATE), int(part[-1].end * RATE)
         t = np.arange(last - first, dtype=np.float32) / RATE
-        if said is True:
+        if part[0].name in SYLLABLES:
             sound = speak(rng, scene["voice"], part, t)
         else:
-            sound = play(said, t) if said.notes else KINDS[said.name](rng, t)
+            sound = play(part[0], t) if part[0].notes else KINDS[part[0].name](rng, t)
         sound = sound * np.minimum(1, 100 * np.minimum(t, t[::-1]))    # 10 ms fades: no clicks
         loud = 10 ** ((part[0].level + rng.uniform(-1, 1)) / 20) / np.sqrt(np.mean(sound ** 2))
         wave[first:last] += loud * sound                   # rms 1, but for its level
@@ -476,6 +485,7 @@ PHRASINGS = {
     "same": "Is the second instrument the same or different?|Same instrument twice, or different?"}
 TASKS = {"what": "classification", "who": "classification", "describe": "captioning",
          "words": "transcription"}             # all others are reasoning
+OFTEN = {*TASKS, "count", "first", "last", "after", "present"}  # the rest is rarely asked
 
 
 def a(noun):
@@ -494,8 +504,8 @@ def listed(names, last):
 def questions(scene, rng):
     """Every question that has one right answer here, each in a phrasing drawn from rng.
 
-    Returns dicts of task, instruction, output, domain. A list names every event in order of time:
-    "a drum, a bell and a drum". Of yes and no the rarer is always asked for, the other less often.
+    Returns dicts of kind, task, instruction, output, domain. A list names every event in order of
+    time: "a drum, a bell and a drum". Of yes and no the rarer is asked for more often.
     """
     domain, events, asked = scene["domain"], scene["events"], []
     unit, words = {"sound": ("sound", KINDS), "speech": ("syllable", SYLLABLES),
@@ -509,7 +519,7 @@ def questions(scene, rng):
 
     def ask(which, output, x=""):
         text = draw(PHRASINGS[which].split("|")).format(x=x, unit=unit)
-        asked.append({"task": TASKS.get(which, "reasoning"), "instruction": text,
+        asked.append({"kind": which, "task": TASKS.get(which, "reasoning"), "instruction": text,
                       "output": output, "domain": domain})
 
     if domain == "speech":
@@ -550,8 +560,11 @@ def questions(scene, rng):
         if len(names) == 2 and all(e.beat for e in events):
             ask("tempo", "slower" if events[0].beat < events[1].beat else "faster")
         return asked
-    if once and once[0] < len(names) - 1:
-        i = draw([i for i in once if i < len(names) - 1])
+    heard = [e.name for e in events]
+    follows = [i for i in once if names[i + 1:]  # and no sound comes between
+               and heard[heard.index(names[i]) + 1] == names[i + 1]]
+    if follows:
+        i = draw(follows)
         ask("after", some[i + 1], known[i])
     if domain == "speech" or len(names) == 1:
         return asked
@@ -577,10 +590,10 @@ def questions(scene, rng):
 def caption(scene):
     """A scene in one sentence, everything in order of time."""
     parts = []
-    for said, part in groupby(scene["events"], key=lambda e: e.name in SYLLABLES or e):
-        e, words = said, " ".join(e.name for e in part)
-        if said is True:
-            parts.append(f"{a(scene['voice'])} says {words}")
+    for piece in pieces(scene["events"]):
+        e = piece[0]
+        if e.name in SYLLABLES:
+            parts.append(f"{a(scene['voice'])} says {' '.join(e.name for e in piece)}")
         elif e.beat:
             parts.append(f"{a(e.name)} plays {NUMBERS[len(e.notes)]} notes {e.way}")
         else:
@@ -604,8 +617,10 @@ def checklist(s, dice):
     false = [text for text in false if text not in true]
     absent = [word for word in words[s["domain"]] if word not in names]
     for n in range(4):
-        yes, about = dice.random() < 0.5, n % 2 == 0 and true
-        x = dice.choice((true if yes else false) if about else names if yes else absent)
+        yes = dice.random() < 0.5
+        about = n % 2 == 0 and bool(true and false)
+        right, wrong = (true, false) if about else (names, absent)
+        x = dice.choice(right if yes else wrong)
         whole = not about and dice.random() < 0.25
         noun = x if x in SYLLABLES else a(x)
         asked = dice.choice(PHRASINGS["present"].split("|")).format(x=noun) + "\n"
@@ -625,7 +640,9 @@ def world(split, clips, seed, difficulty=1):
     for i, s in enumerate(scenes):
         rng = np.random.default_rng([seed, SPLITS.index(split), i, 1])
         items += [q | {"clip": i} for q in questions(s, rng)]
-        if split == "train":
+        if split == "train":  # what is rarely asked comes thrice, in other words
+            again = questions(s, rng) + questions(s, rng)
+            items += [q | {"clip": i} for q in again if q["kind"] not in OFTEN]
             items += [{"pairs": checklist(s, rng), "task": "checklist", "domain": s["domain"],
                        "clip": i} for _ in range(2)]
     return {i: partial(clip_of_scene, s) for i, s in enumerate(scenes)}, items
@@ -777,38 +794,38 @@ def schedule(step, steps):
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+def is_trained(name, rates, freeze):
+    """Whether a stage with these rates trains the parameter of this name."""
+    kept = freeze == "ffn" and name.startswith("llm.") and ".mlp." in name
+    return name.split(".")[0] in rates and not kept
+
+
 def optimizer_of(model, rates, freeze="none"):
     """AdamW for the parts in `rates` (part: peak learning rate); all other parts stay frozen, and
     with freeze "ffn" the LLM's feed-forward weights too."""
     groups = []
     for name, p in model.named_parameters():
-        kept = freeze == "ffn" and name.startswith("llm.") and ".mlp." in name
-        p.requires_grad_(name.split(".")[0] in rates and not kept)
+        p.requires_grad_(is_trained(name, rates, freeze))
     for part, lr in rates.items():
-        learns = [p for p in getattr(model, part).parameters() if p.requires_grad]
+        trained = [p for p in getattr(model, part).parameters() if p.requires_grad]
         for matrices in (True, False):  # gains, biases and gates are not pulled to zero
-            groups.append({"params": [p for p in learns if (p.ndim > 1) == matrices],
+            groups.append({"params": [p for p in trained if (p.ndim > 1) == matrices],
                            "lr": lr, "peak": lr, "weight_decay": 0.05 * matrices})
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=model.device.type == "cuda" or None)
 
 
 def tell_parts(model, stages, freeze):
     """Say aloud how many parameters each part has and in which stages it is trained."""
-    parts = {}
+    sizes, when = Counter(), {}
     for name, p in model.named_parameters():
         part = ".".join(name.split(".")[:2])
         if name.startswith("llm."):
-            part = "llm feed-forward" if ".mlp." in name else "llm but for that"
-        parts.setdefault(part, []).append(p)
-    learns = {part: [] for part in parts}
-    for stage in stages:
-        optimizer_of(model, stage.rates, freeze)
-        for part, parameters in parts.items():
-            learns[part] += [stage.name] * parameters[0].requires_grad
-    for part, parameters in parts.items():
-        count, names = sum(p.numel() for p in parameters), ", ".join(learns[part])
-        print(f"{part:<20}{count:>14,} parameters, "
-              + (f"trained in stage {names}" if names else "frozen"))
+            part = "llm feed-forward" if ".mlp." in name else "llm, the rest"
+        sizes[part] += p.numel()
+        when[part] = ", ".join(s.name for s in stages if is_trained(name, s.rates, freeze))
+    for part, size in sizes.items():
+        print(f"{part:<20}{size:>14,} parameters, "
+              + (f"trained in stage {when[part]}" if when[part] else "frozen"))
 
 
 def lessons(stage, items):
@@ -874,8 +891,8 @@ def train(model, train_set, val_set, o, file, start):
                 began = time.perf_counter()
                 loss, norm, ended = learn(net, features, parts, answers, stop, o)
                 if not math.isfinite(loss + norm):  # while the weights and what is saved are whole
-                    raise ValueError(f"stage {stage.name}, step {i}: the loss is {loss:.3g} and "
-                                     f"its gradient {norm:.3g}; try a lower --lr")
+                    raise ValueError(f"stage {stage.name}, step {i + 1}: the loss is {loss:.3g} "
+                                     f"and its gradient {norm:.3g}; try a lower --lr")
                 optimizer.step()
                 seconds, done, step = seconds + time.perf_counter() - began, done + 1, step + 1
                 if i % 10 == 0:
@@ -887,16 +904,17 @@ def train(model, train_set, val_set, o, file, start):
                          logged=file.tell(), data=items.mark if o.data else None)
                 if ended:
                     bar.close()
-                    print(f"stage {stage.name}: saved after step {i}; --resume goes on from there",
-                          file=sys.stderr)
+                    print(f"stage {stage.name}: saved after step {i + 1}; --resume goes on from "
+                          "there", file=sys.stderr)
                     raise KeyboardInterrupt
         share = score(model, *val_set)
         print(f"stage {stage.name}: loss {loss:.3f}, validation {share:.1%} exact "
               f"({len(val_set[1])} questions), {1000 * seconds / max(1, done):.0f} ms a step")
         log(file, step=step, stage=stage.name, validation=share)
         # where the next stage starts, and whom to ask
-        for name in () if rank else (f"stage{stage.name}", "model"):
-            model.save(f"{o.out}/{name}.pt", step=step, stage=stage.name)
+        if rank == 0:
+            for name in (f"stage{stage.name}", "model"):
+                model.save(f"{o.out}/{name}.pt", step=step, stage=stage.name)
     return seconds / max(1, done)
 
 
@@ -1072,13 +1090,14 @@ def watch(o):
     answer ("a siren") gives to SSLAM's tokens, or LFST's, falls on the sound's time, and how much
     before and after, over test clips of one sound; beside it chance, the part of the clip that each
     fills."""
-    model = AudioLLM.load(o.watch)
+    model = AudioLLM.load(o.watch, sources_of(o))
     part = next((part for part, kinds in model.joins.items() if "sslam" in kinds), None)
     if not part:
         raise ValueError(f"{o.watch}: has no SSLAM to look at")
     model.to(pick_device(o.device))
     question, falls, chances, right = "What do you hear?", [], [], 0
-    ones = (s for s in (scene("test", i, o.seed) for i in count(0, 3)) if len(s["events"]) == 1)
+    ones = (s for s in (scene("test", i, o.seed, o.difficulty) for i in count(0, 3))
+            if len(s["events"]) == 1)
     for s in tqdm(islice(ones, o.test_clips), total=o.test_clips, desc="clips", mininterval=1):
         sound, = s["events"]
         features, = model.features([partial(clip_of_scene, s)])
@@ -1110,6 +1129,10 @@ def peak_memory(device):
     """MiB: of the GPU if there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # there is none on Windows
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -1117,7 +1140,7 @@ def peak_memory(device):
 # ------------------------------------------------------------- what is known before the joining
 
 WINDOWS = {"whisper": 4, "sslam": 4, "clap": 2}  # tokens that a connector averages into one
-WORDS = {"whisper": [*SYLLABLES, "sound", "."], "sslam": [*KINDS, *VOICES, *INSTRUMENTS, "."]}
+WORDS = {"whisper": [".", *SYLLABLES, "sound"], "sslam": [".", *KINDS, *VOICES, *INSTRUMENTS]}
 LESSONS = {"whisper": ("speech",), "sslam": ("sound", "music")}  # of the rest they hear a quarter
 
 
@@ -1146,7 +1169,7 @@ def context(kind, s, times):
         begun = [e for e in s["events"] if e.start <= t]
         sounding = [e for e in reversed(begun) if t < e.end]
         if not sounding:
-            return [WORDS[kind].index(".") if size == len(WORDS[kind]) else 0 for size in sizes]
+            return [0] * len(sizes)
         last, past = sounding[0], [e for e in reversed(begun) if t >= e.end]
         future = [e for e in s["events"] if e.start > t]
         number = sum(e.name in SYLLABLES or s["domain"] != "speech" for e in begun)
@@ -1181,12 +1204,10 @@ def fit(model, loss_of, steps, lr, what):
 def teach(kind, steps, o):
     """A miniature encoder that has learnt to tell what sounds when: see `context`."""
     encoder = make_encoder(kind)
+    louder = {"conv1.weight": 3, "conv2.weight": 3, "local_encoder.proj.weight": 8}
     with torch.no_grad():  # or the positions, whose size is fixed, would drown what is heard
         for name, p in encoder.named_parameters():
-            if name in ("conv1.weight", "conv2.weight"):
-                p *= 3
-            if name == "local_encoder.proj.weight":
-                p *= 8
+            p *= louder.get(name, 1)
     T, bands = encoder.grid
     times = (np.arange(T) + 0.5) * SECONDS / T
     fronts, truth = [], []
@@ -1218,15 +1239,13 @@ def match(steps, o):
     Radford et al. 2021; the text tower is a bag of words and lives only here)."""
     encoder = make_encoder("clap")
     scenes = [scene("train", i, o.seed) for i in range(o.hear_clips)]
-    bags = [sorted(set(diary(s).split())) for s in scenes]
-    names = {name: i for i, name in enumerate(sorted(set(chain(*bags))))}
+    bags = [set(diary(s).split()) for s in scenes]
+    names = sorted(set().union(*bags))
+    told = torch.tensor([[float(name in bag) for name in names] for bag in bags])
     fronts = torch.cat([encoder.front_end(torch.from_numpy(render(s))[None])
                         for s in tqdm(scenes, desc="clips for clap", mininterval=1)])
     words, ears = nn.Linear(len(names), 64), nn.Linear(encoder.width, 64)
     scale = nn.Parameter(torch.tensor(2.5))
-    told = torch.zeros(len(bags), len(names))
-    for row, bag in zip(told, bags):
-        row[[names[name] for name in bag]] = 1
 
     def loss_of(step):
         batch = torch.randint(len(fronts), (24,))
@@ -1245,11 +1264,11 @@ def diary(s):
     told, last = [], None
     if s["domain"] == "speech":
         told = [word("whisper", s, [e]) for e in s["events"]]
-    for e in s["events"]:
-        if word("sslam", s, [e]) != s.get("voice") or last is None or last.name in KINDS:
-            told += ["with"] * bool(last and e.start < last.end)
-            told += [word("sslam", s, [e]), *filter(None, traits(e))]
-        last = e
+    for piece in pieces(s["events"]):
+        e = piece[0]
+        told += ["with"] * bool(last and e.start < last.end)
+        told += [word("sslam", s, [e]), *filter(None, traits(e))]
+        last = piece[-1]
     return "".join(" " + word for word in told)
 
 
@@ -1360,7 +1379,7 @@ class Options:
     val_data: str = option(None, "questions to score on, with --data")
     audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
     skip_bad: bool = option(False, "go on without the items of --data that cannot be used")
-    out: str = option(None, "folder of the checkpoint and metrics.jsonl (default: out/MODE)")
+    out: str = option(None, "folder of the checkpoint and metrics.jsonl; else out/MODE")
     base: str = option("assets/base.pt", "the prepared encoders and LLM")
     encoders: str = option("all", "of the prepared ones those that are joined, like whisper,sslam")
     llm: str = option(None, "folder of a real LLM, Llama or Qwen2; it replaces the small one")
@@ -1454,9 +1473,9 @@ def main(o):
     clips_of = {id(items): clips for clips, items in data}
     features = {key: hear_all(model, clips) for key, clips in clips_of.items()}
     sets = [(features[id(items)], items) for _, items in data]
-    if not o.data:
-        write_demo(*test_data)
     metrics, (rank, _) = f"{o.out}/metrics.jsonl", processes()
+    if not o.data and rank == 0:
+        write_demo(*test_data)
     if rank:
         metrics = os.devnull  # only the first process writes
     elif o.resume and os.path.getsize(metrics) > start["logged"]:
@@ -1470,8 +1489,9 @@ def main(o):
         print(f"{1000 * seconds:.0f} ms a step, peak memory {peak_memory(device):.0f} MiB; the "
               f"model is {o.out}/model.pt")
         log(file, scores=scores, seconds_per_step=seconds, options=asdict(o))
-    for path in () if rank else kept(o.out):  # finished: nothing to resume
-        path.unlink()
+    if rank == 0:
+        for path in kept(o.out):  # finished: nothing to resume
+            path.unlink()
     if dist.is_initialized():
         dist.destroy_process_group()
 

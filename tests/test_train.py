@@ -257,7 +257,7 @@ def test_the_start_tells_what_is_trained_part_by_part(learn, sounds):
         "connectors.whisper": "trained in stage 1, 3", "connectors.sslam": "trained in stage 1, 3",
         "connectors.clap": "trained in stage 1, 3",
         "connectors.flamingo": "trained in stage 1, 3",
-        "llm feed-forward": "trained in stage 3", "llm but for that": "trained in stage 3"}
+        "llm feed-forward": "trained in stage 3", "llm, the rest": "trained in stage 3"}
     count = {part: int(n.replace(",", "")) for part, n, _ in told}
     model = AudioLLM.load("out/flamingo/model.pt")
     assert sum(count.values()) == sum(p.numel() for p in model.parameters())
