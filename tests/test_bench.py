@@ -96,6 +96,16 @@ def test_what_is_kept_for_backward_is_what_autograd_saves(seed):
     assert saved == pytest.approx(told, rel=0.02)
 
 
+def test_masks_are_kept_too_for_layers_with_audio_and_without():
+    c = LLMConfig(40, 16, 20, 2, 2, 1, 8)  # so narrow that masks count
+    for layers in ((1,), (0, 1)):
+        b = batch(c, "lal", 3, 60, 300, layers=layers)
+        llm, inputs = heard(c, b)
+        saved = bench.saved_bytes(lambda: bench.loss(llm, b, *inputs), llm.parameters())
+        told = bench.kept_bytes(c, b, 4, fused=False) + 4 * b.B * b.text * c.vocab_size
+        assert saved == pytest.approx(told, rel=0.02)
+
+
 def test_storages_that_share_memory_count_once_and_parameters_never():
     x, w = torch.randn(4, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
     saved = bench.saved_bytes(lambda: (x.exp() * w).sin().sum(), [x, w])
