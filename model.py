@@ -242,10 +242,10 @@ def read_json(path):
         return found
 
 
-# Whether q, k and v have a bias; and the settings that change results, as they must be.
-ARCHITECTURES = {"LlamaForCausalLM": False, "Qwen2ForCausalLM": True}
-ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "partial_rotary_factor": 1, "use_sliding_window": False, "quantization_config": None}
+# The settings that change results, and what can be computed here: anything else is refused.
+KNOWN = {"architectures": ("LlamaForCausalLM", "Qwen2ForCausalLM"), "hidden_act": ("silu",),
+         "rope_type": ("default", "llama3"), "attention_bias": (False,), "mlp_bias": (False,),
+         "partial_rotary_factor": (1,), "use_sliding_window": (False,), "quantization_config": ()}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -254,17 +254,13 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     c = read_json(path)
     with reading(path, "model that can be computed here"):
-        name = c["architectures"][0]
-        if name not in ARCHITECTURES:
-            raise ValueError(f"the architecture {name} is not one of {', '.join(ARCHITECTURES)}")
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # the newer name, the older
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            raise ValueError(f"the rope type {kind} is neither default nor llama3")
-        for setting, only in ONLY.items():
-            value = (c | rope).get(setting, only)
-            if value not in (only, None):
-                raise ValueError(f"{setting} is {value!r}, and only {only!r} can be computed here")
+        given = c | rope | {"rope_type": kind, "architectures": c["architectures"][0]}
+        for setting, known in KNOWN.items():
+            if given.get(setting) not in (*known, None):
+                raise ValueError(f"{setting} is {given[setting]!r}, and can only be "
+                                 f"{' or '.join(map(repr, known or (None,)))} here")
         sizes = {size: c[size] for size in ("vocab_size", "hidden_size", "intermediate_size",
                                             "num_hidden_layers", "num_attention_heads")}
         H = c["num_attention_heads"]
@@ -274,7 +270,7 @@ def read_config(folder):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{size} is {value!r}")
         return LLMConfig(
-            **sizes, qkv_bias=ARCHITECTURES[name],
+            **sizes, qkv_bias=given["architectures"] == "Qwen2ForCausalLM",
             rms_norm_eps=float(c.get("rms_norm_eps", 1e-6)),
             rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
             rope_scaling={key: float(rope[key]) for key in LLAMA3} if kind == "llama3" else None,

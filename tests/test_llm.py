@@ -133,14 +133,14 @@ def test_what_old_files_hold_twice_is_left_out(tmp_path):
 
 REFUSED = {
     "MistralForCausalLM": dict(architectures=["MistralForCausalLM"]),
-    "LlamaForCausalLM, Qwen2ForCausalLM": dict(architectures=["GPT2LMHeadModel"]),
+    "'LlamaForCausalLM' or 'Qwen2ForCausalLM'": dict(architectures=["GPT2LMHeadModel"]),
     "hidden_act is 'gelu'": dict(hidden_act="gelu"),
     "attention_bias is True": dict(attention_bias=True),
     "mlp_bias is True": dict(mlp_bias=True),
     "use_sliding_window is True": dict(use_sliding_window=True),
     "quantization_config": dict(quantization_config={"bits": 4}),
-    "rope type yarn": dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}),
-    "rope type linear": dict(rope_scaling={"type": "linear"}, rope_parameters=None),
+    "rope_type is 'yarn'": dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}),
+    "rope_type is 'linear'": dict(rope_scaling={"type": "linear"}, rope_parameters=None),
     "partial_rotary_factor is 0.5": dict(partial_rotary_factor=0.5),
     "'low_freq_factor'": dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}),
     "'hidden_size'": dict(drop=["hidden_size"]),
