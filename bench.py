@@ -32,7 +32,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import train
 from encoders import make_encoder
-from integrate import Arm, hear, pal, pool
+from integrate import hear, pal, pool
 from model import LLM, LLMConfig
 from sample import command_line, option, pick_device
 
@@ -654,7 +654,7 @@ ARMS = {  # train.py's options
     "plits": {"mode": "plits"}, "lal": {}, "pal": {"mode": "pal"}, "attn": {"mode": "attn"},
     "ffn": {"mode": "ffn"}, "flamingo": {"mode": "flamingo"},
     "lal-upper": {"lal_layers": "2:"}, "lal-no-rope": {"audio_rope": "off"},
-    "lal-qformer": {"connector": "qformer"}, "lal-mlp": {"connector": "mlp"},
+    "lal-qformer": {"connector": "qformer"}, "lal-lfst": {"connector": "lfst"},
     "lal-ffn-frozen": {"freeze": "ffn"},
 }
 
@@ -704,9 +704,9 @@ def arm_of(o, arm, seed, folder=""):
     first, second = o.steps // 12, o.steps // 5  # as in train.py
     options = train.Options(**ARMS[arm], seed=seed, out=folder, batch=BATCH, steps1=first,
                             steps2=second, steps3=o.steps - first - second)
-    choices = Arm(**{f.name: getattr(options, f.name) for f in fields(Arm)})
     torch.manual_seed(seed)
-    return options, train.load_base(o.base, options.mode, train.WINDOWS, arm=choices)
+    model = train.load_base(o.base, options.mode, train.WINDOWS, arm=train.arm_of(options))
+    return options, model
 
 
 def heard_world(o, seed):
@@ -714,9 +714,9 @@ def heard_world(o, seed):
     general encoders every token is there, for LFST takes them unpooled."""
     _, model = arm_of(o, "lal", seed)
     model.windows |= dict.fromkeys(set(model.windows) - {"whisper"}, 1)
-    harder, sets = {"difficulty": o.difficulty} if o.difficulty else {}, []
+    sets = []
     for split, clips in (("train", o.clips), ("val", 1), ("test", o.test_clips)):
-        clips, items = train.world(split, clips, seed, **harder)
+        clips, items = train.world(split, clips, seed, o.difficulty)
         sets.append((train.hear_all(model, clips), items))
     train.with_ids(model, sets[0][1])
     return sets
@@ -737,7 +737,8 @@ def learn(o, arm, seed, sets):
             for task in (item["task"], "all"):
                 right.setdefault(task, []).append(float(answer == item["output"]))
     model.train()
-    step = partial(train.answer_loss, model, sets[0][0], sets[0][1][:BATCH])
+    about = {item["clip"]: item for item in sets[0][1]}  # a question about each of some clips
+    step = partial(train.answer_loss, model, sets[0][0], [*about.values()][:BATCH])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step().backward()
     times = timed({arm: lambda: step().backward()}, model.device, 5)[arm]
@@ -774,10 +775,10 @@ class Options:
     quality: bool = option(False, "instead of all that, train and score arms on train.py's world")
     arms: str = option("all", "with --quality: which, like lal,pal: " + ", ".join(ARMS))
     seeds: int = option(3, "with --quality: runs of each arm, seeds 0, 1...", low=1)
-    steps: int = option(800, "with --quality: training steps of an arm")
+    steps: int = option(500, "with --quality: training steps of an arm")
     clips: int = option(2000, "with --quality: training clips", low=1)
     test_clips: int = option(200, "with --quality: test clips", low=1)
-    difficulty: int = option(0, "with --quality: of the world", high=2)
+    difficulty: int = option(1, "with --quality: of the world", high=2)
     base: str = option("assets/base.pt", "with --quality: the prepared encoders and LLM")
 
 
