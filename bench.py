@@ -718,7 +718,7 @@ def heard_world(o, seed):
     for split, clips in (("train", o.clips), ("val", 1), ("test", o.test_clips)):
         clips, items = train.world(split, clips, seed, o.difficulty)
         sets.append((train.hear_all(model, clips), items))
-    train.with_ids(model, sets[0][1])
+    train.with_ids(model.tokenizer, sets[0][1])
     return sets
 
 
@@ -797,7 +797,7 @@ def setting(o, mode, kind, Na, Nt):
 
 def settle(o):
     """The options made definite, and every row (Na, Nt) of the sweep."""
-    device, small = pick_device(o.device), o.llm == "small"
+    device, small = pick_device(o.device, o.dtype), o.llm == "small"
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if o.dtype == "auto" else o.dtype
     Na = "64,256" if small else "64,128,256,512,1024,2048"
     rows = [(a, t) for t in numbers(o.nt, "--nt")

@@ -12,7 +12,7 @@ Between PLITS and LAL lie attn and ffn: audio that runs only that half of each l
 stands beside them: gated layers of its own.
 
 Positions follow one layout in every mode: beginning of text, whisper, sslam, clap, then the
-question and its answer. Try:  python train.py --mode lal
+question and its answer (flamingo's audio has no place in it). Try:  python train.py --mode lal
 """
 import math
 import os
@@ -28,14 +28,13 @@ from encoders import ENCODERS, load_encoder
 from model import (FAR, LLM, KVCache, LLMConfig, end, place, read_tokenizer, rotary, rotate,
                    visibility)
 
-# A mode is nothing but the route of each encoder, in the order of their tokens.
-HOWS = {"plits": ("plits",) * 3, "lal": ("lal",) * 3, "pal": ("plits", "lal", "lal"),
-        "attn": ("attn",) * 3, "ffn": ("ffn",) * 3}
-ROUTES = {mode: dict(zip(ENCODERS, hows)) for mode, hows in HOWS.items()}
-MODES = (*ROUTES, "flamingo")
-
 # What audio tokens do in each layer beside leaving keys and values there: attend, feed forward.
-WORK = {"plits": (True, True), "attn": (True, False), "ffn": (False, True), "lal": (False, False)}
+WORK = {"plits": (True, True), "lal": (False, False), "attn": (True, False), "ffn": (False, True)}
+
+# A mode is nothing but the route of each encoder; only flamingo, with layers of its own, has none.
+ROUTES = {mode: dict.fromkeys(ENCODERS, mode) for mode in WORK}
+ROUTES["pal"] = {"whisper": "plits", "sslam": "lal", "clap": "lal"}
+MODES = (*ROUTES, "flamingo")
 
 
 @dataclass(frozen=True)

@@ -324,8 +324,8 @@ def end(positions):
 class KVCache:
     """What each layer has read: keys and values (B, S, K, d), and their positions (1 or B, S).
 
-    Without `room` new keys are concatenated, so gradients flow through the cache (training). With
-    `room` every layer gets that many slots at once, written in place (generation). Layers may hold
+    Without `room` new keys are concatenated; with `room`, as after `fork`, every layer has that
+    many slots at once, written in place. Gradients flow through either. Layers may hold
     different tokens: those that hold the same share one tensor of positions, and so one mask.
     """
 

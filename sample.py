@@ -89,7 +89,7 @@ def command_line(config, doc, main):
         parser.exit(130, "\nstopped; what was saved stays as it was\n")
 
 
-def pick_device(name):
+def pick_device(name, dtype="float32"):
     """The torch device called `name` (auto: cuda if there is one, else cpu), said aloud once."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,7 +101,9 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as e:
         why = str(e).splitlines()[0].split(". ")[0]
         raise ValueError(f"--device {name} cannot be used: {why}") from None
-    print(f"device {device}, float32, {torch.get_num_threads()} threads", file=sys.stderr)
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    print(f"device {device}, {dtype}, {torch.get_num_threads()} threads", file=sys.stderr)
     return device
 
 

@@ -1,4 +1,4 @@
-"""Train an audio LLM: frozen encoders, connectors, and a small LLM, joined in one of three ways.
+"""Train an audio LLM: frozen encoders, connectors, and an LLM, joined in PLITS, LAL or PAL.
 
     python train.py --mode lal                                # on the listening world, minutes
     python train.py --mode plits --data train.json --val-data val.json       # on your own sounds
@@ -7,7 +7,7 @@
 
 The listening world stands in for the paper's data (OpenAQA, millions of clips): clips of four
 seconds, and questions whose answers are known because we put the sounds there. Nothing is stored:
-a clip is a function of (seed, split, index), so every machine makes the same training set.
+a clip is a function of (split, index, seed, difficulty), so every machine makes the same ones.
 """
 import json
 import math
@@ -122,8 +122,9 @@ def tone(pitch, *amplitudes):
 
 
 # A new kind of sound takes three lines: a function of (rng, t) named by a simple noun, the wave it
-# returns, its name in KINDS. t (n,) is the time in seconds since the sound began; render() sees to
-# loudness and fades. Kinds should differ in band, in texture (steady, gliding, pulsed) or in both.
+# returns, its name in KINDS (then --prepare anew, for the parts to meet it). t (n,) is the time in
+# seconds since the sound began; render() sees to loudness and fades. Kinds should differ in band,
+# in texture (steady, gliding, pulsed) or in both.
 def siren(rng, t):                             # a note that wails up and down
     swing = np.sin(2 * np.pi * (rng.uniform(1.5, 3) * t + rng.random()))
     return tone(rng.uniform(700, 1000) * 2 ** (0.5 * swing), 1, 0.5, 0.25)
@@ -665,14 +666,14 @@ def hear_all(model, clips):
 
 class Ready:
     """Items made ready for a step, which is what data workers do: with their token ids and, if
-    `fronts` is a function from clips to what the front ends make of them, with that."""
+    `fronts` is a function from a clip to what the front ends make of it, with that."""
 
     def __init__(self, items, tokenizer, fronts=None):
         self.items, self.tokenizer, self.fronts = items, tokenizer, fronts
 
     def __getitem__(self, i):
         try:
-            item, = with_ids(self, [self.items[i]])
+            item, = with_ids(self.tokenizer, [self.items[i]])
             if not self.fronts:
                 return item
             return item | {"fronts": self.fronts(partial(load_audio, item["clip"]))}
@@ -681,15 +682,19 @@ class Ready:
 
     def answers(self, i):
         """How many answers item i has: one, but for the checklists of the listening world."""
-        return len(self.items[i].get("pairs", "1")) if isinstance(self.items, list) else 1
+        return answers_in(self.items[i]) if isinstance(self.items, list) else 1
 
 
-def with_ids(model, items):
+def answers_in(item):
+    return len(item["pairs"]) if "pairs" in item else 1
+
+
+def with_ids(tokenizer, items):
     """Add to every item its token ids and their weights: see `conversation`."""
     for item in items:
         if "ids" not in item:
             pairs = item.get("pairs") or [(item["instruction"].strip() + "\n", item["output"])]
-            item["ids"], item["weights"] = conversation(model.tokenizer, pairs)
+            item["ids"], item["weights"] = conversation(tokenizer, pairs)
     return items
 
 
@@ -724,7 +729,7 @@ def answer_loss(net, features, items, total=None):
     clips = list(dict.fromkeys(item["clip"] for item in items))  # a clip is heard once
     rows = [clips.index(item["clip"]) for item in items] if len(clips) < len(items) else None
     hidden = net([features[clip] for clip in clips], ids[:, :-1], rows)
-    total = total or sum(len(item.get("pairs", "1")) for item in items)
+    total = total or sum(map(answers_in, items))
     return weighted_loss(model.llm, hidden, ids, weights.to(model.device)) / total
 
 
@@ -1359,8 +1364,8 @@ def load_base(path, mode, windows, sources=None, folder=None, arm=Arm(), kinds="
 @dataclass(frozen=True)
 class Options:
     mode: str = option("lal", "how the audio enters the LLM", choices=MODES)
-    connector: str = option(None, "else mlp for the miniatures, and for real encoders auto: of "
-                            "sslam and clap together lfst, else mlp",
+    connector: str = option(None, "auto is lfst for sslam with clap, else mlp; if none is named, "
+                            "auto for real encoders, mlp for the miniatures",
                             choices=("auto", "mlp", "qformer", "lfst"))
     connector_layers: int = option(Arm.connector_layers, "of a qformer or lfst", low=1, high=99)
     queries: int = option(Arm.queries, "of a qformer: the tokens of each encoder", low=1, high=9999)
@@ -1459,14 +1464,14 @@ def main(o):
         train_data, val_data, test_data = (
             world(split, clips, o.seed, o.difficulty)
             for split, clips in (("train", o.clips), ("val", 30), ("test", o.test_clips)))
-        with_ids(model, train_data[1])
+        with_ids(model.tokenizer, train_data[1])
     stages = [stage for stage in curriculum(o)
               if o.stage in ("all", stage.name) and len(lessons(stage, train_data[1])[0])]
     if not stages:
         raise ValueError("nothing to train: no stage has both steps and questions of its tasks")
     Path(o.out).mkdir(parents=True, exist_ok=True)
     start = beginning(model, o, train_data[1].mark if o.data else None)
-    device = pick_device(device)
+    device = pick_device(device, o.dtype)
     model.to(device)
     lighten(model, o.recompute, o.compile)
     data = train_data, val_data, test_data  # of which two may be the same, to be heard once

@@ -308,7 +308,7 @@ def batch_of(model):
     items = [item(clip=0, instruction="what is 3", output="said"),
              item(clip=1, instruction="what", output="3 or heard or 17"),
              item(clip=0, instruction="what is 5 said or heard 6", output="7")]
-    return features, train.with_ids(model, items)
+    return features, train.with_ids(model.tokenizer, items)
 
 
 @pytest.mark.parametrize("mode", ROUTES)
@@ -908,9 +908,10 @@ def test_a_step_of_lal_takes_half_the_time_of_one_of_plits_or_less(base):
     clips, items = train.world("train", 32, 0)
     models = {mode: train.load_base(base, mode, train.WINDOWS) for mode in modes}
     features = models["lal"].features(clips.values())
-    about = [[item for item in train.with_ids(models["lal"], items) if item["clip"] == clip]
-             for clip in range(32)]  # a question about each: no clip is heard for two
+    items = train.with_ids(models["lal"].tokenizer, items)
+    about = [[item for item in items if item["clip"] == clip] for clip in range(32)]
     dice = np.random.default_rng(0)
+    # questions about 32 clips: none is heard for two
     batches = [[some[dice.integers(len(some))] for some in about] for _ in range(8)]
     optimizers = {}
     for mode, model in models.items():
