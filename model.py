@@ -456,7 +456,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
     def heads(self, x):
-        return x.view(*x.shape[:2], -1, self.head_dim)  # (B, T, heads, d)
+        B, T, width = x.shape
+        return x.view(B, T, width // self.head_dim, self.head_dim)  # (B, T, heads, d)
 
     def forward(self, x, rope, mask, cache, layer):
         q = rotate(self.heads(self.q_proj(x)), rope)
