@@ -34,7 +34,7 @@ WORK = {"plits": (True, True), "lal": (False, False), "attn": (True, False), "ff
 # A mode is nothing but the route of each encoder; only flamingo, with layers of its own, has none.
 ROUTES = {mode: dict.fromkeys(ENCODERS, mode) for mode in WORK}
 ROUTES["pal"] = {"whisper": "plits", "sslam": "lal", "clap": "lal"}
-MODES = (*ROUTES, "flamingo")
+MODES = ("plits", "lal", "pal", "attn", "ffn", "flamingo")
 
 
 @dataclass(frozen=True)
