@@ -298,7 +298,7 @@ class Difficulty:
     sounds: tuple                              # fewest and most in a clip
     syllables: tuple
     notes: tuple                               # in a melody
-    mixed: float                               # share of speech with a sound in between
+    mixed: float                               # share of speech with a sound beside or within it
     overlap: float                             # share of sounds that begin before the last one ends
     phrases: float                             # share of music where two play, one after the other
     noise: tuple                               # dB relative to the events: of half the clips, loud

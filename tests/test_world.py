@@ -351,6 +351,27 @@ def test_a_checklist_tells_the_truth():
     assert min(seen.values()) > 0.35 * sum(seen.values()) / 2 / 2
 
 
+def test_a_checklist_of_a_scene_in_which_every_trait_is_true():
+    scene = train.scene("train", 0) | {"domain": "sound", "events": [
+        train.Event("drum", 0, 1, 4.5), train.Event("bell", 1, 2, 4.5),
+        train.Event("drum", 2, 3, -4.5), train.Event("bell", 3, 4, -4.5)]}
+    checks = train.checklist(scene, np.random.default_rng(0))
+    assert len(checks) == 4 and not {" drum loud", " bell soft"} & {asked for asked, _ in checks}
+
+
+def test_what_comes_after_is_not_asked_across_another_sound():
+    rng, seen = np.random.default_rng(0), 0
+    for scene in scenes("test", 900)[1::3]:
+        names = names_of(scene)
+        for q in train.questions(scene, rng):
+            found = re.search(r"right after (\w+)\?|(\w+)\?$", q["instruction"])
+            if re.search("right after|syllable follows|is next", q["instruction"]):
+                x = found[1] or found[2]
+                assert names[names.index(x) + 1] == q["output"], (names, q)
+                seen += 1
+    assert seen > 200
+
+
 def test_guessing_does_not_pay():
     answers = collections.defaultdict(collections.Counter)
     said_yes = collections.defaultdict(list)
