@@ -206,7 +206,7 @@ def violin(pitch, t):                          # it swells; all overtones
 
 
 INSTRUMENTS = {make.__name__: make for make in (piano, flute, organ, violin)}
-SCALE = 330 * 2 ** (np.array([0, 2, 4, 7, 9, 12, 14, 16]) / 12)  # Hz; from E on, five an octave
+SCALE = 220 * 2 ** (np.array([0, 4, 7, 12, 16, 19, 24, 28]) / 12)  # Hz: a major chord, up and up
 
 
 # Speech is a source through a filter: the throat's pulses, or noise, coloured by the mouth's
@@ -325,8 +325,11 @@ def compose(rng, domain, count, level):
             names[2] = names[0]
         events = [Event(name, 0, rng.uniform(0.35, min(1.1, 3 / count)), draw((-LOUD, LOUD)))
                   for name in names]
-        pauses = [-0.45 * min(a.end, b.end) if rng.random() < level.overlap else 0.15
-                  for a, b in zip(events, events[1:])] + [0]
+        pauses = []
+        for one, two in zip(events, events[1:]):  # none is hidden by both of its neighbours
+            over = rng.random() < level.overlap and min(pauses[-1:], default=0) >= 0
+            pauses.append(-0.45 * min(one.end, two.end) if over else 0.15)
+        pauses.append(0)
     elif domain == "speech":
         tempo = rng.uniform(0.38, 0.55 if count < 6 else 0.45)
         events = [Event(draw(SYLLABLES), 0, tempo * rng.uniform(0.93, 1.07)) for _ in range(count)]
@@ -340,7 +343,7 @@ def compose(rng, domain, count, level):
         events = []
         for i in range(count):
             n = int(rng.integers(level.notes[0], level.notes[1] + 1))
-            beat = rng.uniform(0.44, 0.48) if slow == (i == 0) else rng.uniform(0.30, 0.34)
+            beat = rng.uniform(0.48, 0.52) if slow == (i == 0) else rng.uniform(0.34, 0.38)
             beat *= min(1, 4 / n)              # or five notes twice would not fit in
             notes = draw_melody(rng, n)
             if rng.random() < 0.25:
@@ -455,7 +458,7 @@ def traits(e):
     if not e.beat:
         return [loud, "a chord" if e.notes else "", "", "", ""]
     return [loud, e.way, NUMBERS[len(e.notes)], ORDINALS[int(np.argmax(e.notes))],
-            "fast" if e.beat * max(1, len(e.notes) / 4) < 0.4 else "slow"]
+            "fast" if e.beat * max(1, len(e.notes) / 4) < 0.43 else "slow"]
 
 
 # Each question has a few phrasings and one right answer. {x} is "the siren", "a siren" or "di",
@@ -486,6 +489,7 @@ PHRASINGS = {
     "same": "Is the second instrument the same or different?|Same instrument twice, or different?"}
 TASKS = {"what": "classification", "who": "classification", "describe": "captioning",
          "words": "transcription"}             # all others are reasoning
+RELATIONS = "middle times louder overlap same tempo".split()  # these compare, see checklist
 
 
 def a(noun):
@@ -504,8 +508,9 @@ def listed(names, last):
 def questions(scene, rng):
     """Every question that has one right answer here, each in a phrasing drawn from rng.
 
-    Returns dicts of task, instruction, output, domain. A list names every event in order of
-    time: "a drum, a bell and a drum". Of yes and no the rarer is asked for more often.
+    Returns dicts of kind and x, see PHRASINGS, and task, instruction, output, domain. A list names
+    every event in order of time: "a drum, a bell and a drum". Of yes and no the rarer is asked for
+    more often.
     """
     domain, events, asked = scene["domain"], scene["events"], []
     unit, words = {"sound": ("sound", KINDS), "speech": ("syllable", SYLLABLES),
@@ -519,8 +524,8 @@ def questions(scene, rng):
 
     def ask(which, output, x=""):
         text = draw(PHRASINGS[which].split("|")).format(x=x, unit=unit)
-        asked.append({"task": TASKS.get(which, "reasoning"), "instruction": text,
-                      "output": output, "domain": domain})
+        asked.append({"kind": which, "x": x, "task": TASKS.get(which, "reasoning"),
+                      "instruction": text, "output": output, "domain": domain})
 
     if domain == "speech":
         who, others = a(scene["voice"]), [(i, e) for i, e in enumerate(events) if e.name in KINDS]
@@ -606,7 +611,8 @@ def checklist(s, dice):
 
     Most are asked in the fewest words, as a word that is answered on the spot teaches to look back
     for it; from whole sentences, with the answer at their end, a small LLM would learn that only
-    after hours. The few whole sentences teach to carry the answer to their end.
+    after hours. The few whole sentences teach to carry the answer to their end. Last come the bare
+    bones of some questions that compare.
     """
     events, checks = s["events"], []
     names = [e.name for e in events]
@@ -628,6 +634,9 @@ def checklist(s, dice):
     once = [i for i, name in enumerate(names[:-1]) if names.count(name) == 1]
     for i in dice.permutation(once)[:2]:
         checks.append((f" after {names[i]}", names[i + 1]))
+    compare = [q for q in questions(s, dice) if q["kind"] in RELATIONS]
+    for q in dice.permutation(compare)[:2]:
+        checks.append((f" {q['kind']} {q['x']}".rstrip(), q["output"]))
     return checks
 
 
@@ -813,7 +822,7 @@ def optimizer_of(model, rates, freeze="none"):
         for matrices in (True, False):  # gains, biases and gates are not pulled to zero
             groups.append({"params": [p for p in trained if (p.ndim > 1) == matrices],
                            "lr": lr, "peak": lr, "weight_decay": 0.05 * matrices})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=model.device.type == "cuda" or None)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
 def tell_parts(model, stages, freeze):
@@ -1141,6 +1150,9 @@ def peak_memory(device):
 
 # ------------------------------------------------------------- what is known before the joining
 
+# What is known before comes from training scenes of its own, from this one on: features of clips
+# that an encoder has learnt from are better than those that the test will bring.
+APART = 10 ** 6
 WINDOWS = {"whisper": 4, "sslam": 4, "clap": 2}  # tokens that a connector averages into one
 WORDS = {"whisper": [".", *SYLLABLES, "sound"], "sslam": [".", *KINDS, *VOICES, *INSTRUMENTS]}
 LESSONS = {"whisper": ("speech",), "sslam": ("sound", "music")}  # of the rest they hear a quarter
@@ -1161,11 +1173,12 @@ def word(kind, s, events):
 def context(kind, s, times):
     """What an encoder that attends to the whole clip knows of what sounds at each time, as numbers,
     and how many there are of each: its word, that of what was and will be heard next to it, and how
-    many events or notes have begun; for SSLAM also a second sound, its traits, and its note. Of
-    silence it knows nothing, so that who asks has to look at the sound itself."""
+    many events or notes have begun; for SSLAM also a second sound, its traits, and its note, with
+    the ones before and after. Of silence it knows nothing, so that who asks has to look at the
+    sound itself."""
     sizes = [len(WORDS[kind])] * 3 + [7]
     if kind == "sslam":
-        sizes += [len(WORDS[kind]), *(1 + len(group) for group in GROUPS), 9]
+        sizes += [len(WORDS[kind]), *(1 + len(group) for group in GROUPS), 9, 9, 9]
 
     def row(t):
         begun = [e for e in s["events"] if e.start <= t]
@@ -1175,14 +1188,16 @@ def context(kind, s, times):
         last, past = sounding[0], [e for e in reversed(begun) if t >= e.end]
         future = [e for e in s["events"] if e.start > t]
         number = sum(e.name in SYLLABLES or s["domain"] != "speech" for e in begun)
+        steps = [0, 0, 0]
         if last.beat:
             number = min(len(last.notes), 1 + int((t - last.start) / last.beat))
+            steps = [0, *(1 + note for note in last.notes), 0][number - 1:number + 2]
         near = [WORDS[kind].index(word(kind, s, some))
                 for some in (sounding, past, future, sounding[1:])]
         if kind == "whisper":
             return near[:3] + [number]
         known = [("", *group).index(trait) for group, trait in zip(GROUPS, traits(last))]
-        return near[:3] + [number, near[3], *known, 1 + last.notes[number - 1] if last.beat else 0]
+        return near[:3] + [number, near[3], *known, *steps]
 
     return [row(t) for t in times], sizes
 
@@ -1213,10 +1228,10 @@ def teach(kind, steps, o):
     T, bands = encoder.grid
     times = (np.arange(T) + 0.5) * SECONDS / T
     fronts, truth = [], []
-    scenes = (s for s in (scene("train", i, o.seed) for i in count())
+    scenes = (s for s in (scene("train", i, o.seed) for i in count(APART))
               if s["domain"] in LESSONS[kind] or s["key"] % 4 == 0)
-    clips = o.hear_clips * (3 if kind == "sslam" else 1)  # or it would learn them by heart
-    for s in tqdm(islice(scenes, clips), total=clips, desc=f"clips for {kind}", mininterval=1):
+    for s in tqdm(islice(scenes, o.hear_clips), total=o.hear_clips, desc=f"clips for {kind}",
+                  mininterval=1):
         fronts.append(encoder.front_end(torch.from_numpy(render(s))[None]))
         rows, sizes = context(kind, s, times)
         truth.append(rows)
@@ -1224,7 +1239,7 @@ def teach(kind, steps, o):
     head = nn.Linear(encoder.width, sum(sizes))  # lives only here
 
     def loss_of(step):
-        batch = torch.randint(len(fronts), (16,))
+        batch = torch.randint(len(fronts), (8,))
         # what a connector will average is to know what sounds at its time, in whichever band
         logits = head(encoder(fronts[batch])[:, encoder.extra:])  # (B, T * bands, sum(sizes))
         logits = logits.unflatten(1, (T, -1, min(bands, WINDOWS[kind]))).mean(3)
@@ -1240,8 +1255,9 @@ def match(steps, o):
     """A miniature CLAP that has learnt which clip goes with which words, in any order (contrastive,
     Radford et al. 2021; the text tower is a bag of words and lives only here)."""
     encoder = make_encoder("clap")
-    scenes = [scene("train", i, o.seed) for i in range(o.hear_clips)]
-    bags = [set(diary(s).split()) for s in scenes]
+    scenes = [scene("train", APART + i, o.seed) for i in range(o.hear_clips)]
+    bags = [set(chain.from_iterable([word("whisper", s, [e]), word("sslam", s, [e]), *traits(e)]
+                                    for e in s["events"])) for s in scenes]
     names = sorted(set().union(*bags))
     told = torch.tensor([[float(name in bag) for name in names] for bag in bags])
     fronts = torch.cat([encoder.front_end(torch.from_numpy(render(s))[None])
@@ -1261,53 +1277,50 @@ def match(steps, o):
     return encoder
 
 
-def diary(s):
-    """What happens in a scene, in words and in order: what is said, then what else is heard."""
-    told, last = [], None
-    if s["domain"] == "speech":
-        told = [word("whisper", s, [e]) for e in s["events"]]
-    for piece in pieces(s["events"]):
-        e = piece[0]
-        told += ["with"] * bool(last and e.start < last.end)
-        told += [word("sslam", s, [e]), *filter(None, traits(e))]
-        last = piece[-1]
-    return "".join(" " + word for word in told)
-
-
 def read_world(o):
-    """A tokenizer and a small LLM that have read of the training scenes and heard none."""
-    dice = np.random.default_rng(o.seed)
+    """A tokenizer and a small LLM that have learnt to answer about training scenes, of which they
+    have heard nothing: they read what encoders without fault would note down, see `context`, each
+    number an embedding."""
+    dice, D = np.random.default_rng(o.seed), LLMConfig.hidden_size
+    times = (np.arange(25) + 0.5) * SECONDS / 25
 
     def page(i):
-        """What happened in scene i, and what is asked about it: three questions, a checklist."""
-        s = scene("train", i % 50000, o.seed)
+        """Scene i, and talks about it: three questions and a checklist."""
+        s = scene("train", APART + i, o.seed)
         asked = [[(q["instruction"] + "\n", q["output"])]
                  for q in dice.permutation(questions(s, dice))[:3]]
-        return diary(s), asked + [checklist(s, dice)]
+        return s, asked + [checklist(s, dice)]
 
-    pages = [page(i) for i in range(3000)]
-    texts = [told for told, _ in pages]
-    texts += [text for _, talks in pages for pairs in talks for pair in pairs for text in pair]
+    texts = [text for i in range(3000) for pairs in page(i)[1] for pair in pairs for text in pair]
     tokenizer = train_tokenizer(texts, LLMConfig.vocab_size)
     llm = LLM(replace(LLMConfig(), vocab_size=tokenizer.vocab_size))
+    sizes = {kind: context(kind, scene("train", 0), [])[1] for kind in LESSONS}
+    tables = nn.ModuleDict({kind: nn.ModuleList(nn.Embedding(n, D) for n in sizes[kind])
+                            for kind in LESSONS})  # live only here
+    for p in tables.parameters():
+        nn.init.normal_(p, std=D ** -0.5)
+
+    def notes(kind, scenes):
+        rows = torch.tensor([context(kind, s, times)[0] for s in scenes])  # (B, T, columns)
+        return sum(table(column) for table, column in zip(tables[kind], rows.unbind(2)))
 
     def loss_of(step):
-        told, talks = zip(*map(page, range(16 * step, 16 * step + 16)))
-        told = stack([llm.embed(torch.tensor(tokenizer.encode(text))) for text in told])
+        scenes, talks = zip(*map(page, range(16 * step, 16 * step + 16)))
+        told = torch.cat([notes(kind, scenes) for kind in LESSONS], 1)  # (B, N, D)
         rows = [row for row, some in enumerate(talks) for _ in some]
         talks = [*chain(*talks)]
         ids, weights = zip(*(conversation(tokenizer, pairs) for pairs in talks))
         ids, weights = pad([*map(torch.tensor, ids)]), pad([*map(torch.tensor, weights)])
-        # half of all pages are read the one way, half the other, so that neither is strange
+        # half of all notes are read the one way, half the other, so that neither is strange
         segments = [("plits", llm.embed(torch.tensor([[tokenizer.bos_id]])), None),
-                    (("plits", "lal")[step % 2], *told)]
+                    (("plits", "lal")[step % 2], told, None)]
         cache = KVCache(llm.config.num_hidden_layers)
         run(llm, segments, cache)
         text = [("plits", llm.embed(ids[:, :-1]), None)]
         hidden = run(llm, text, cache.fork(rows, ids.shape[1]))
         return weighted_loss(llm, hidden, ids, weights) / sum(map(len, talks))
 
-    fit(llm, loss_of, o.read_steps, 2e-3, "the LLM reads")
+    fit(nn.ModuleList([llm, tables]), loss_of, o.read_steps, 2e-3, "the LLM reads")
     return tokenizer, llm
 
 
@@ -1316,8 +1329,8 @@ def prepare(o):
     torch.manual_seed(o.seed)
     tokenizer, llm = read_world(o)
     parts = {"llm": llm, "whisper": teach("whisper", o.hear_steps, o),
-             "sslam": teach("sslam", 4 * o.hear_steps, o),  # by far the hardest lesson
-             "clap": match(o.hear_steps // 2, o)}
+             "sslam": teach("sslam", 2 * o.hear_steps, o),  # by far the hardest lesson
+             "clap": match(o.hear_steps // 8, replace(o, hear_clips=math.ceil(o.hear_clips / 3)))}
     half = {name: {k: v.half() for k, v in part.state_dict().items()}
             for name, part in parts.items()}
     save_atomically(o.base, {"format": BASE, "llm_config": asdict(llm.config), "state": half,
@@ -1419,9 +1432,11 @@ class Options:
     device: str = option("auto", "cpu, cuda, mps or auto")
     watch: str = option(None, "say how much a checkpoint looks at the sounds it names, and stop")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
-    read_steps: int = option(2600, "with --prepare: steps of the LLM's reading")
-    hear_clips: int = option(4000, "with --prepare: clips the encoders learn from", low=1)
-    hear_steps: int = option(750, "with --prepare: steps of Whisper, a quarter of SSLAM's")
+    read_steps: int = option(1700, "with --prepare: steps of the LLM's reading")
+    hear_clips: int = option(12000, "with --prepare: clips the encoders learn from, CLAP from a "
+                                    "third of them", low=1)
+    hear_steps: int = option(2400, "with --prepare: steps of Whisper; SSLAM takes twice as many, "
+                                   "CLAP an eighth")
 
 
 def sources_of(o):

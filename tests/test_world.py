@@ -79,7 +79,8 @@ def test_scenes_keep_their_promises(difficulty):
             assert one.start < two.start and one.end < two.end
             assert one.name != two.name or domain == "music"
             assert two.start - one.end > 0 or domain == "sound" and level.overlap
-        assert all(a.end < c.start for a, c in zip(events, events[2:]))  # never three at once
+        for a, b, c in zip(events, events[1:], events[2:]):  # never three at once or in a chain
+            assert a.end < c.start and (a.end < b.start or b.end < c.start)
 
 
 def test_what_makes_clips_harder_is_more_of_everything():
@@ -333,8 +334,13 @@ def test_every_question_that_can_be_asked_is_asked():
     assert seen == set(train.PHRASINGS)
 
 
+WHOLE = {"middle": "Which sound comes second?", "times": "How often do you hear {}?",
+         "louder": "Which is louder, {}?", "overlap": "Do {} overlap?",
+         "same": "Same instrument twice, or different?", "tempo": "How fast is the second melody?"}
+
+
 def test_a_checklist_tells_the_truth():
-    rng, seen = np.random.default_rng(3), collections.Counter()
+    rng, seen, related = np.random.default_rng(3), collections.Counter(), set()
     for scene in scenes("train", 600):
         events = scene["events"]
         for asked, answer in train.checklist(scene, rng):
@@ -343,12 +349,17 @@ def test_a_checklist_tells_the_truth():
                 names = names_of(scene)
                 assert names[names.index(words[1]) + 1] == answer
                 continue
+            if words[0] in train.RELATIONS:  # a question's bare bones: what the question answers
+                assert answer == right_answer(scene, WHOLE[words[0]].format(" ".join(words[1:])))
+                related.add(words[0])
+                continue
             found = [e for e in events if e.name in re.findall("[a-z]+", asked.lower())]
             trait = " ".join(words[1:]) if not asked.endswith("\n") else ""
             true = any(trait in ("", *train.traits(e)) for e in found)
             assert answer == ("yes" if true else "no"), (scene, asked)
             seen[bool(trait), answer] += 1
     assert min(seen.values()) > 0.35 * sum(seen.values()) / 2 / 2
+    assert related == set(train.RELATIONS)
 
 
 def test_a_checklist_of_a_scene_in_which_every_trait_is_true():
@@ -356,7 +367,7 @@ def test_a_checklist_of_a_scene_in_which_every_trait_is_true():
         train.Event("drum", 0, 1, 4.5), train.Event("bell", 1, 2, 4.5),
         train.Event("drum", 2, 3, -4.5), train.Event("bell", 3, 4, -4.5)]}
     checks = train.checklist(scene, np.random.default_rng(0))
-    assert len(checks) == 4 and not {" drum loud", " bell soft"} & {asked for asked, _ in checks}
+    assert len(checks) == 6 and not {" drum loud", " bell soft"} & {asked for asked, _ in checks}
 
 
 def test_what_comes_after_is_not_asked_across_another_sound():
