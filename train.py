@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from encoders import load_audio, load_encoder, make_encoder, resample, save_wav
 from integrate import (FORMAT, MODES, Arm, AudioLLM, from_bytes, load_checkpoint, run,
-                       save_atomically, stack, to_bytes)
+                       save_atomically, to_bytes)
 from model import LLM, KVCache, LLMConfig, load_tokenizer, read_tokenizer, train_tokenizer
 from sample import (Questions, ask_all, command_line, listen, on_grid, option, pick_device,
                     tell_fit, timed, words, wrong_clips)
@@ -489,7 +489,7 @@ PHRASINGS = {
     "same": "Is the second instrument the same or different?|Same instrument twice, or different?"}
 TASKS = {"what": "classification", "who": "classification", "describe": "captioning",
          "words": "transcription"}             # all others are reasoning
-RELATIONS = "middle times louder overlap same tempo".split()  # these compare, see checklist
+RELATIONS = "middle times louder overlap same tempo".split()  # of several events: see checklist
 
 
 def a(noun):
@@ -612,7 +612,7 @@ def checklist(s, dice):
     Most are asked in the fewest words, as a word that is answered on the spot teaches to look back
     for it; from whole sentences, with the answer at their end, a small LLM would learn that only
     after hours. The few whole sentences teach to carry the answer to their end. Last come the bare
-    bones of some questions that compare.
+    bones of two questions about several events.
     """
     events, checks = s["events"], []
     names = [e.name for e in events]
@@ -634,8 +634,8 @@ def checklist(s, dice):
     once = [i for i, name in enumerate(names[:-1]) if names.count(name) == 1]
     for i in dice.permutation(once)[:2]:
         checks.append((f" after {names[i]}", names[i + 1]))
-    compare = [q for q in questions(s, dice) if q["kind"] in RELATIONS]
-    for q in dice.permutation(compare)[:2]:
+    several = [q for q in questions(s, dice) if q["kind"] in RELATIONS]
+    for q in dice.permutation(several)[:2]:
         checks.append((f" {q['kind']} {q['x']}".rstrip(), q["output"]))
     return checks
 
@@ -1150,8 +1150,8 @@ def peak_memory(device):
 
 # ------------------------------------------------------------- what is known before the joining
 
-# What is known before comes from training scenes of its own, from this one on: features of clips
-# that an encoder has learnt from are better than those that the test will bring.
+# What is known before comes from training scenes of its own, from this one on: clips that an
+# encoder has learnt from would sound clearer to it than those that the test will bring.
 APART = 10 ** 6
 WINDOWS = {"whisper": 4, "sslam": 4, "clap": 2}  # tokens that a connector averages into one
 WORDS = {"whisper": [".", *SYLLABLES, "sound"], "sslam": [".", *KINDS, *VOICES, *INSTRUMENTS]}
