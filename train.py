@@ -11,16 +11,18 @@ a clip is a function of (split, index, seed, difficulty), so every machine makes
 """
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
 import time
 import zlib
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, partialmethod
-from itertools import chain, combinations, count, islice, tee
+from itertools import chain, combinations, count, islice, repeat, tee
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,13 +53,14 @@ class Stage:
     batch: int  # questions a step
     steps: int = 0
     epochs: float = 0.0  # passes over the stage's questions, instead of steps
+    blur: float = 0.0  # noise on frozen features, relative to their spread
 
 
 # The paper's three stages (version 1, section on training): for the listening world, in miniature,
 CLOSED = ("classification", "reasoning", "checklist")
-SMALL = (Stage("1", ("classification",), {"connectors": 3e-3}, 32, steps=200),
-         Stage("2", CLOSED, {"connectors": 3e-3, "llm": 1e-3}, 32, steps=500),
-         Stage("3", None, {"connectors": 3e-3, "llm": 1e-3}, 32, steps=2200))
+SMALL = (Stage("1", ("classification",), {"connectors": 3e-3}, 32, 200, blur=0.2),
+         Stage("2", CLOSED, {"connectors": 3e-3, "llm": 1e-3}, 32, 500, blur=0.2),
+         Stage("3", None, {"connectors": 3e-3, "llm": 1e-3}, 32, 2200, blur=0.2))
 # and for a real LLM, which has much to forget, at LTU's rates.
 REAL = (Stage("1", ("classification",), {"connectors": 1e-3}, 256, epochs=2),
         Stage("2", CLOSED, {"connectors": 1e-4, "llm": 1e-4}, 256, epochs=1),
@@ -79,6 +82,8 @@ def curriculum(o):
         change = {"rates": rates, "batch": o.batch or stage.batch}
         if steps is not None:
             change |= {"steps": steps, "epochs": 0}
+        if o.blur is not None:
+            change["blur"] = o.blur
         if o.epochs and steps != 0:
             change["epochs"] = o.epochs
         if o.tasks:
@@ -92,7 +97,7 @@ RATE = 16000                                   # samples per second
 SECONDS = 4.0                                  # length of every clip
 SPLITS = ("train", "val", "test")
 DOMAINS = ("sound", "speech", "music")
-LOUD = 4.5                                     # dB above the mean; soft is as much below it
+LOUD = 4.0                                     # dB above the mean; soft is as much below it
 
 
 def noise(rng, n, tint):
@@ -442,6 +447,8 @@ def render(scene):
     tint = lambda f: np.maximum(f, 60) ** colour
     wave += 10 ** (scene["noise"] / 20) * noise(rng, len(wave), tint)
     wave -= wave.mean()
+    if scene["domain"] == "sound":             # nobody turns the volume: loud is loud
+        return np.clip(0.022 * wave, -1, 1)
     return wave * np.float32(rng.uniform(0.3, 0.95) / np.abs(wave).max())
 
 
@@ -489,7 +496,7 @@ PHRASINGS = {
     "same": "Is the second instrument the same or different?|Same instrument twice, or different?"}
 TASKS = {"what": "classification", "who": "classification", "describe": "captioning",
          "words": "transcription"}             # all others are reasoning
-RELATIONS = "middle times louder overlap same tempo".split()  # of several events: see checklist
+RELATIONS = "middle times order louder overlap same tempo".split()  # of several events: see checklist
 
 
 def a(noun):
@@ -739,6 +746,18 @@ def answer_loss(net, features, items, total=None):
     return weighted_loss(model.llm, hidden, ids, weights.to(model.device)) / total
 
 
+def blur(heard, amount, step):
+    """Features of clips, {clip: {kind: (n, De)}}, with noise of `amount` times their standard
+    deviation: what was heard once and kept would else sound the same each time, and be learnt by
+    heart. The noise is a function of step and clip."""
+    noisy = {}
+    for clip, features in heard.items() if amount else ():
+        dice = torch.Generator().manual_seed(zlib.crc32(f"{step} {clip}".encode()))
+        noisy[clip] = {kind: x + amount * x.std() * torch.randn(x.shape, generator=dice).to(x)
+                       for kind, x in features.items()}
+    return noisy or heard
+
+
 def weighted_loss(llm, hidden, ids, weights):
     """Cross-entropy of ids (B, T) given hidden states (B, T-1, D), summed by weights (B, T)."""
     chosen = weights[:, 1:] > 0  # only positions whose next token belongs to an answer need logits
@@ -900,7 +919,7 @@ def train(model, train_set, val_set, o, file, start):
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * schedule(i, steps)
                 began = time.perf_counter()
-                loss, norm, ended = learn(net, features, parts, answers, stop, o)
+                loss, norm, ended = learn(net, features, parts, answers, stop, step, stage, o)
                 if not math.isfinite(loss + norm):  # while the weights and what is saved are whole
                     raise ValueError(f"stage {stage.name}, step {i + 1}: the loss is {loss:.3g} "
                                      f"and its gradient {norm:.3g}; try a lower --lr")
@@ -929,7 +948,7 @@ def train(model, train_set, val_set, o, file, start):
     return seconds / max(1, done)
 
 
-def learn(net, features, parts, answers, stop, o):
+def learn(net, features, parts, answers, stop, step, stage, o):
     """Leave the gradient of one batch, clipped to norm 1, in the parameters.
 
     net: the model, or DistributedDataParallel around it. parts: of in_parts, what this process has
@@ -944,9 +963,11 @@ def learn(net, features, parts, answers, stop, o):
         # processes share their gradients once, after their last parts
         with nullcontext() if ranks == 1 or n == len(parts) - 1 else net.no_sync():
             with torch.autocast(model.device.type, torch.bfloat16, halved):
-                known = features or dict(zip((item["clip"] for item in items),
-                                             model.encode([item["fronts"] for item in items])))
-                loss = answer_loss(net, known, items, answers) * count
+                clips = [item["clip"] for item in items]
+                heard = (map(features.get, clips) if features
+                         else model.encode([item["fronts"] for item in items]))
+                heard = blur(dict(zip(clips, heard)), stage.blur, step)
+                loss = answer_loss(net, heard, items, answers) * count
             (loss * ranks).backward()  # for what they share is the mean
         told = told + loss.detach()
     told = torch.stack([told, torch.tensor(float(bool(stop))).to(told)])
@@ -1153,6 +1174,7 @@ def peak_memory(device):
 # What is known before comes from training scenes of its own, from this one on: clips that an
 # encoder has learnt from would sound clearer to it than those that the test will bring.
 APART = 10 ** 6
+PARTS = ("sslam", "llm", "whisper", "clap")  # the one that takes longest first
 WINDOWS = {"whisper": 4, "sslam": 4, "clap": 2}  # tokens that a connector averages into one
 WORDS = {"whisper": [".", *SYLLABLES, "sound"], "sslam": [".", *KINDS, *VOICES, *INSTRUMENTS]}
 LESSONS = {"whisper": ("speech",), "sslam": ("sound", "music")}  # of the rest they hear a quarter
@@ -1202,11 +1224,16 @@ def context(kind, s, times):
     return [row(t) for t in times], sizes
 
 
-def fit(model, loss_of, steps, lr, what):
+def progress(items, part, doing):
+    """A bar for what is done to one of PARTS, in a line of its own: several are made at once."""
+    return tqdm(items, desc=f"{part} {doing}", position=PARTS.index(part), mininterval=1)
+
+
+def fit(model, loss_of, steps, lr, part, doing):
     """The plain loop: minimise loss_of(step)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
-    bar = tqdm(range(steps), desc=what, mininterval=1)
+    bar = progress(range(steps), part, doing)
     for step in bar:
         loss = loss_of(step)
         optimizer.param_groups[0]["lr"] = lr * schedule(step, steps)
@@ -1230,9 +1257,8 @@ def teach(kind, steps, o):
     fronts, truth = [], []
     scenes = (s for s in (scene("train", i, o.seed) for i in count(APART))
               if s["domain"] in LESSONS[kind] or s["key"] % 4 == 0)
-    for s in tqdm(islice(scenes, o.hear_clips), total=o.hear_clips, desc=f"clips for {kind}",
-                  mininterval=1):
-        fronts.append(encoder.front_end(torch.from_numpy(render(s))[None]))
+    for s in progress([*islice(scenes, o.hear_clips)], kind, "gets clips"):
+        fronts.append(encoder.front_end(torch.from_numpy(render(s))[None]).half())
         rows, sizes = context(kind, s, times)
         truth.append(rows)
     fronts, truth = torch.cat(fronts), torch.tensor(truth)
@@ -1241,13 +1267,14 @@ def teach(kind, steps, o):
     def loss_of(step):
         batch = torch.randint(len(fronts), (8,))
         # what a connector will average is to know what sounds at its time, in whichever band
-        logits = head(encoder(fronts[batch])[:, encoder.extra:])  # (B, T * bands, sum(sizes))
+        # (B, T * bands, sum(sizes))
+        logits = head(encoder(fronts[batch].float())[:, encoder.extra:])
         logits = logits.unflatten(1, (T, -1, min(bands, WINDOWS[kind]))).mean(3)
         told = truth[batch][:, :, None].expand(*logits.shape[:-1], len(sizes))
         return sum(F.cross_entropy(part.flatten(0, 2), told[..., i].flatten())
                    for i, part in enumerate(logits.split(sizes, dim=-1)))
 
-    fit(nn.ModuleList([encoder, head]), loss_of, steps, 1.5e-3, f"{kind} learns to hear")
+    fit(nn.ModuleList([encoder, head]), loss_of, steps, 1.5e-3, kind, "learns to hear")
     return encoder
 
 
@@ -1261,7 +1288,7 @@ def match(steps, o):
     names = sorted(set().union(*bags))
     told = torch.tensor([[float(name in bag) for name in names] for bag in bags])
     fronts = torch.cat([encoder.front_end(torch.from_numpy(render(s))[None])
-                        for s in tqdm(scenes, desc="clips for clap", mininterval=1)])
+                        for s in progress(scenes, "clap", "gets clips")])
     words, ears = nn.Linear(len(names), 64), nn.Linear(encoder.width, 64)
     scale = nn.Parameter(torch.tensor(2.5))
 
@@ -1273,7 +1300,7 @@ def match(steps, o):
         return F.cross_entropy(likeness, own) + F.cross_entropy(likeness.T, own)
 
     fit(nn.ModuleList([encoder, words, ears, nn.ParameterList([scale])]), loss_of, steps, 2e-3,
-        "clap learns to match")
+        "clap", "learns to match")
     return encoder
 
 
@@ -1320,21 +1347,41 @@ def read_world(o):
         hidden = run(llm, text, cache.fork(rows, ids.shape[1]))
         return weighted_loss(llm, hidden, ids, weights) / sum(map(len, talks))
 
-    fit(nn.ModuleList([llm, tables]), loss_of, o.read_steps, 2e-3, "the LLM reads")
+    fit(nn.ModuleList([llm, tables]), loss_of, o.read_steps, 2e-3, "llm", "reads")
     return tokenizer, llm
 
 
-def prepare(o):
-    """Make assets/base.pt: what is frozen, or joined, must know something first."""
+def make_part(name, o):
+    """One of PARTS, in a process of its own: its weights, and what else base.pt says of it."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     torch.manual_seed(o.seed)
-    tokenizer, llm = read_world(o)
-    parts = {"llm": llm, "whisper": teach("whisper", o.hear_steps, o),
-             "sslam": teach("sslam", 2 * o.hear_steps, o),  # by far the hardest lesson
-             "clap": match(o.hear_steps // 8, replace(o, hear_clips=math.ceil(o.hear_clips / 3)))}
-    half = {name: {k: v.half() for k, v in part.state_dict().items()}
-            for name, part in parts.items()}
-    save_atomically(o.base, {"format": BASE, "llm_config": asdict(llm.config), "state": half,
-                             "tokenizer": to_bytes(tokenizer.proto)})
+    more = {}
+    if name == "llm":
+        tokenizer, part = read_world(o)
+        more = {"llm_config": asdict(part.config), "tokenizer": tokenizer.proto}
+    elif name == "clap":
+        part = match(o.hear_steps // 8, replace(o, hear_clips=math.ceil(o.hear_clips / 3)))
+    else:  # SSLAM's is by far the hardest lesson
+        part = teach(name, o.hear_steps * 5 // 2 if name == "sslam" else o.hear_steps, o)
+    return {k: v.half().numpy() for k, v in part.state_dict().items()}, more
+
+
+def prepare(o):
+    """Make assets/base.pt: what is frozen, or joined, must know something first. No part needs
+    another, and two cores make two parts sooner than one after the other: each gets a process."""
+    with ProcessPoolExecutor(min(len(PARTS), os.cpu_count())) as pool:
+        try:
+            made = dict(zip(PARTS, pool.map(make_part, PARTS, repeat(o))))
+        except BaseException:  # a Ctrl-C, too: nobody waits for the others
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+    state = {name: {k: torch.from_numpy(v) for k, v in weights.items()}
+             for name, (weights, _) in made.items()}
+    more = made["llm"][1]
+    save_atomically(o.base, {"format": BASE, "state": state, "llm_config": more["llm_config"],
+                             "tokenizer": to_bytes(more["tokenizer"])})
     print(f"wrote {o.base}, {Path(o.base).stat().st_size / 1e6:.1f} MB")
 
 
@@ -1415,6 +1462,8 @@ class Options:
     lr: float = option(0.0, "peak rate of the LLM, with which the connectors' changes; 0: the "
                             "mode's or the stage's own")
     connector_lr: float = option(0.0, "peak rate of the connectors; 0: the stage's own")
+    blur: float = option(None, "noise on what the encoders give, relative to its standard "
+                               "deviation; else the stage's own, 0.2 or with --llm none")
     tasks: str = option(None, "tasks to learn, with commas between, or all; else the stage's own")
     stage: str = option("all", "one stage, which starts from the one before, or all of them",
                         choices=["1", "2", "3", "all"])
@@ -1432,10 +1481,10 @@ class Options:
     device: str = option("auto", "cpu, cuda, mps or auto")
     watch: str = option(None, "say how much a checkpoint looks at the sounds it names, and stop")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
-    read_steps: int = option(1700, "with --prepare: steps of the LLM's reading")
-    hear_clips: int = option(12000, "with --prepare: clips the encoders learn from, CLAP from a "
+    read_steps: int = option(1500, "with --prepare: steps of the LLM's reading")
+    hear_clips: int = option(10000, "with --prepare: clips the encoders learn from, CLAP from a "
                                     "third of them", low=1)
-    hear_steps: int = option(2400, "with --prepare: steps of Whisper; SSLAM takes twice as many, "
+    hear_steps: int = option(2000, "with --prepare: steps of Whisper; SSLAM takes 2.5 times, "
                                    "CLAP an eighth")
 
 

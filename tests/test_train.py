@@ -330,6 +330,27 @@ def test_the_loss_is_that_of_the_answers_tokens_and_padding_changes_nothing(mode
     assert np.allclose(alone, means, rtol=0, atol=1e-12)
 
 
+def test_blur_is_noise_of_its_size_that_step_and_clip_decide():
+    g = torch.Generator().manual_seed(0)
+    heard = {clip: {kind: size * torch.randn(300, 64, generator=g) + 7
+                    for kind, size in (("whisper", 1), ("sslam", 3))} for clip in ("a", "b")}
+    first, again, later = (train.blur(heard, 0.2, step) for step in (1, 1, 2))
+    for clip, kind in ((clip, kind) for clip in heard for kind in heard[clip]):
+        noise = first[clip][kind] - heard[clip][kind]
+        assert abs(noise.std() / heard[clip][kind].std() - 0.2) < 0.005 and abs(noise.mean()) < 0.01
+        assert torch.equal(first[clip][kind], again[clip][kind])
+        assert not torch.allclose(first[clip][kind], later[clip][kind])
+    noise_a, noise_b = (first[clip]["sslam"] - heard[clip]["sslam"] for clip in heard)
+    assert abs(torch.corrcoef(torch.stack([noise_a.flatten(), noise_b.flatten()]))[0, 1]) < 0.05
+    assert train.blur(heard, 0, 1) is heard
+
+
+def test_only_the_small_curriculum_blurs_unless_asked(learn, sounds):
+    assert not any(stage.blur for stage in train.curriculum(train.Options(llm="folder")))
+    blurred, plain = losses(learn("--out", "out/lal")[2]), losses(learn("--blur", 0)[2])
+    assert [x for _, x, _ in blurred] != [x for _, x, _ in plain]
+
+
 def test_the_learning_rate_rises_once_and_falls_to_a_twentieth():
     for steps in (1, 2, 19, 400):
         rates = [train.schedule(i, steps) for i in range(steps)]
