@@ -328,12 +328,15 @@ def compose(rng, domain, count, level):
         names = [draw(KINDS) for _ in range(count)]
         if count > 2 and rng.random() < 0.3:   # or one would hardly ever come twice
             names[2] = names[0]
-        events = [Event(name, 0, rng.uniform(0.35, min(1.1, 3 / count)), draw((-LOUD, LOUD)))
+        events = [Event(name, 0, rng.uniform(0.35, min(0.8, 3 / count)), draw((-LOUD, LOUD)))
                   for name in names]
         pauses = []
-        for one, two in zip(events, events[1:]):  # none is hidden by both of its neighbours
+        for i, (one, two) in enumerate(zip(events, events[1:])):
+            # none is hidden by both of its neighbours, or by one that is louder
             over = rng.random() < level.overlap and min(pauses[-1:], default=0) >= 0
             pauses.append(-0.45 * min(one.end, two.end) if over else 0.15)
+            if over:
+                events[i + 1] = two._replace(level=events[i].level)
         pauses.append(0)
     elif domain == "speech":
         tempo = rng.uniform(0.38, 0.55 if count < 6 else 0.45)
