@@ -58,9 +58,9 @@ class Stage:
 
 # The paper's three stages (version 1, section on training): for the listening world, in miniature,
 CLOSED = ("classification", "reasoning", "checklist")
-SMALL = (Stage("1", ("classification",), {"connectors": 3e-3}, 32, 200, blur=0.2),
-         Stage("2", CLOSED, {"connectors": 3e-3, "llm": 1e-3}, 32, 500, blur=0.2),
-         Stage("3", None, {"connectors": 3e-3, "llm": 1e-3}, 32, 2200, blur=0.2))
+SMALL = (Stage("1", ("classification",), {"connectors": 3e-3}, 32, 100, blur=0.3),
+         Stage("2", CLOSED, {"connectors": 3e-3, "llm": 1e-3}, 32, 300, blur=0.3),
+         Stage("3", None, {"connectors": 3e-3, "llm": 1e-3}, 32, 2200, blur=0.3))
 # and for a real LLM, which has much to forget, at LTU's rates.
 REAL = (Stage("1", ("classification",), {"connectors": 1e-3}, 256, epochs=2),
         Stage("2", CLOSED, {"connectors": 1e-4, "llm": 1e-4}, 256, epochs=1),
@@ -1366,7 +1366,7 @@ def make_part(name, o):
     elif name == "clap":
         part = match(o.hear_steps // 8, replace(o, hear_clips=math.ceil(o.hear_clips / 3)))
     else:  # SSLAM's is by far the hardest lesson
-        part = teach(name, o.hear_steps * 5 // 2 if name == "sslam" else o.hear_steps, o)
+        part = teach(name, o.hear_steps * (2 if name == "sslam" else 1), o)
     return {k: v.half().numpy() for k, v in part.state_dict().items()}, more
 
 
@@ -1466,7 +1466,7 @@ class Options:
                             "mode's or the stage's own")
     connector_lr: float = option(0.0, "peak rate of the connectors; 0: the stage's own")
     blur: float = option(None, "noise on what the encoders give, relative to its standard "
-                               "deviation; else the stage's own, 0.2 or with --llm none")
+                               "deviation; else the stage's own, 0.3 or with --llm none")
     tasks: str = option(None, "tasks to learn, with commas between, or all; else the stage's own")
     stage: str = option("all", "one stage, which starts from the one before, or all of them",
                         choices=["1", "2", "3", "all"])
@@ -1485,9 +1485,9 @@ class Options:
     watch: str = option(None, "say how much a checkpoint looks at the sounds it names, and stop")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
     read_steps: int = option(1500, "with --prepare: steps of the LLM's reading")
-    hear_clips: int = option(10000, "with --prepare: clips the encoders learn from, CLAP from a "
+    hear_clips: int = option(12000, "with --prepare: clips the encoders learn from, CLAP from a "
                                     "third of them", low=1)
-    hear_steps: int = option(2000, "with --prepare: steps of Whisper; SSLAM takes 2.5 times, "
+    hear_steps: int = option(2400, "with --prepare: steps of Whisper; SSLAM takes twice as many, "
                                    "CLAP an eighth")
 
 

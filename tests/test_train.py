@@ -927,7 +927,8 @@ def test_a_step_of_lal_takes_half_the_time_of_one_of_plits_or_less(base):
     torch.set_num_threads(2)
     modes, best = ("plits", "lal"), {}
     clips, items = train.world("train", 32, 0)
-    models = {mode: train.load_base(base, mode, train.WINDOWS) for mode in modes}
+    arm = train.arm_of(train.Options())
+    models = {mode: train.load_base(base, mode, train.WINDOWS, arm=arm) for mode in modes}
     features = models["lal"].features(clips.values())
     items = train.with_ids(models["lal"].tokenizer, items)
     about = [[item for item in items if item["clip"] == clip] for clip in range(32)]
