@@ -1380,8 +1380,8 @@ def prepare(o):
             for child in multiprocessing.active_children():
                 child.terminate()
             raise
-    state = {name: {k: torch.from_numpy(v) for k, v in weights.items()}
-             for name, (weights, _) in made.items()}
+    state = {name: {k: torch.from_numpy(v) for k, v in made[name][0].items()}
+             for name in ("llm", *WINDOWS)}
     more = made["llm"][1]
     save_atomically(o.base, {"format": BASE, "state": state, "llm_config": more["llm_config"],
                              "tokenizer": to_bytes(more["tokenizer"])})
