@@ -310,7 +310,7 @@ class Difficulty:
 
 
 DIFFICULTIES = (Difficulty((1, 2), (2, 4), (3, 3), 0.0, 0.0, 0.0, (-24, -18)),
-                Difficulty((1, 3), (2, 5), (3, 4), 0.4, 0.2, 0.3, (-18, -12)),
+                Difficulty((1, 3), (2, 5), (3, 4), 0.4, 0.2, 0.2, (-18, -12)),
                 Difficulty((2, 5), (3, 6), (3, 5), 0.6, 0.5, 0.7, (-12, -4)))
 
 
@@ -351,7 +351,7 @@ def compose(rng, domain, count, level):
         events = []
         for i in range(count):
             n = int(rng.integers(level.notes[0], level.notes[1] + 1))
-            beat = rng.uniform(0.48, 0.52) if slow == (i == 0) else rng.uniform(0.34, 0.38)
+            beat = rng.uniform(0.51, 0.54) if slow == (i == 0) else rng.uniform(0.33, 0.36)
             beat *= min(1, 4 / n)              # or five notes twice would not fit in
             notes = draw_melody(rng, n)
             if rng.random() < 0.25:
