@@ -310,7 +310,7 @@ class Difficulty:
 
 
 DIFFICULTIES = (Difficulty((1, 2), (2, 4), (3, 3), 0.0, 0.0, 0.0, (-24, -18)),
-                Difficulty((1, 3), (2, 5), (3, 4), 0.4, 0.2, 0.2, (-18, -12)),
+                Difficulty((1, 3), (2, 5), (3, 4), 0.4, 0.2, 0.5, (-18, -12)),
                 Difficulty((2, 5), (3, 6), (3, 5), 0.6, 0.5, 0.7, (-12, -4)))
 
 
@@ -1366,7 +1366,7 @@ def make_part(name, o):
     elif name == "clap":
         part = match(o.hear_steps // 8, replace(o, hear_clips=math.ceil(o.hear_clips / 3)))
     else:  # SSLAM's is by far the hardest lesson
-        part = teach(name, o.hear_steps * (2 if name == "sslam" else 1), o)
+        part = teach(name, o.hear_steps * (3 if name == "sslam" else 1), o)
     return {k: v.half().numpy() for k, v in part.state_dict().items()}, more
 
 
@@ -1484,10 +1484,10 @@ class Options:
     device: str = option("auto", "cpu, cuda, mps or auto")
     watch: str = option(None, "say how much a checkpoint looks at the sounds it names, and stop")
     prepare: bool = option(False, "make assets/base.pt anew and stop")
-    read_steps: int = option(1500, "with --prepare: steps of the LLM's reading")
+    read_steps: int = option(1700, "with --prepare: steps of the LLM's reading")
     hear_clips: int = option(12000, "with --prepare: clips the encoders learn from, CLAP from a "
                                     "third of them", low=1)
-    hear_steps: int = option(2400, "with --prepare: steps of Whisper; SSLAM takes twice as many, "
+    hear_steps: int = option(2400, "with --prepare: steps of Whisper; SSLAM takes three times, "
                                    "CLAP an eighth")
 
 
