@@ -18,7 +18,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, partialmethod
@@ -672,10 +672,19 @@ def clip_of_scene(s, rate):
 def hear_all(model, clips):
     """Frozen features of every clip, once: {clip: {kind: (n, De)}}. clips: see Questions.clips."""
     clips, seconds = timed(clips)
-    features, names = {}, list(clips)
-    for at in tqdm(range(0, len(names), 16), desc="features", leave=False, mininterval=1):
-        some = names[at:at + 16]
-        features |= zip(some, model.features([clips[name] for name in some]))
+    names, features = list(clips), {}
+    groups = [names[at:at + 16] for at in range(0, len(names), 16)] + [[]]
+
+    def read(group):
+        return [model.fronts(clips[name]) for name in group]
+
+    with ThreadPoolExecutor(1) as ahead:  # the next clips are read while the encoders hear these
+        coming = ahead.submit(read, groups[0])
+        for group, after in tqdm(zip(groups, groups[1:]), "features", len(groups) - 1, leave=False,
+                                 mininterval=1):
+            fronts, coming = coming.result(), ahead.submit(read, after)
+            features |= {name: {kind: tokens.cpu() for kind, tokens in heard.items()}
+                         for name, heard in zip(group, model.encode(fronts))}
     tell_fit(model, list(seconds.values()))
     return features
 
