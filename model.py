@@ -365,9 +365,10 @@ class KVCache:
         """
         rows = torch.as_tensor(list(rows))
 
-        def choose(x):  # index_select, whose gradient is quicker than that of x[rows]
-            whole = not torch.is_tensor(x) or x.shape[0] == 1
-            return x if whole else x.index_select(0, rows.to(x.device))
+        def choose(x):
+            if not torch.is_tensor(x) or x.shape[0] == 1:
+                return x
+            return x.index_select(0, rows.to(x.device))  # its gradient is quicker than x[rows]'s
 
         new = KVCache(len(self.keys), room)
         new.next, new.plain = choose(self.next), self.plain

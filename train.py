@@ -19,6 +19,7 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, partialmethod
@@ -450,8 +451,8 @@ def render(scene):
     tint = lambda f: np.maximum(f, 60) ** colour
     wave += 10 ** (scene["noise"] / 20) * noise(rng, len(wave), tint)
     wave -= wave.mean()
-    if scene["domain"] == "sound":             # nobody turns the volume: loud is loud
-        return np.clip(0.022 * wave, -1, 1)
+    if scene["domain"] == "sound":             # one volume for all, or a lone one were not soft:
+        return np.clip(0.022 * wave, -1, 1)    # the peaks of a loud clock just fit
     return wave * np.float32(rng.uniform(0.3, 0.95) / np.abs(wave).max())
 
 
@@ -499,7 +500,7 @@ PHRASINGS = {
     "same": "Is the second instrument the same or different?|Same instrument twice, or different?"}
 TASKS = {"what": "classification", "who": "classification", "describe": "captioning",
          "words": "transcription"}             # all others are reasoning
-RELATIONS = "middle times order louder overlap same tempo".split()  # of several events: see checklist
+RELATIONS = "middle times order louder overlap same tempo".split()  # see checklist
 
 
 def a(noun):
@@ -762,12 +763,15 @@ def blur(heard, amount, step):
     """Features of clips, {clip: {kind: (n, De)}}, with noise of `amount` times their standard
     deviation: what was heard once and kept would else sound the same each time, and be learnt by
     heart. The noise is a function of step and clip."""
-    noisy = {}
-    for clip, features in heard.items() if amount else ():
+    if not amount:
+        return heard
+
+    def noisy(clip, features):
         dice = torch.Generator().manual_seed(zlib.crc32(f"{step} {clip}".encode()))
-        noisy[clip] = {kind: x + amount * x.std() * torch.randn(x.shape, generator=dice).to(x)
-                       for kind, x in features.items()}
-    return noisy or heard
+        return {kind: x + amount * x.std() * torch.randn(x.shape, generator=dice).to(x)
+                for kind, x in features.items()}
+
+    return {clip: noisy(clip, features) for clip, features in heard.items()}
 
 
 def weighted_loss(llm, hidden, ids, weights):
@@ -964,8 +968,8 @@ def learn(net, features, parts, answers, stop, step, stage, o):
     """Leave the gradient of one batch, clipped to norm 1, in the parameters.
 
     net: the model, or DistributedDataParallel around it. parts: of in_parts, what this process has
-    of the batch, which has so many answers in all. Returns loss, norm before clipping, and whether
-    any process has been asked to stop.
+    of the batch, which has so many answers in all. step: of the whole training, from 0. Returns
+    loss, norm before clipping, and whether any process has been asked to stop.
     """
     model, (_, ranks) = getattr(net, "module", net), processes()
     halved = o.dtype == "bfloat16" or o.dtype == "auto" and model.device.type == "cuda"
@@ -1278,10 +1282,9 @@ def teach(kind, steps, o):
 
     def loss_of(step):
         batch = torch.randint(len(fronts), (8,))
+        tokens = encoder(fronts[batch].float())[:, encoder.extra:]  # (B, T * bands, width)
         # what a connector will average is to know what sounds at its time, in whichever band
-        # (B, T * bands, sum(sizes))
-        logits = head(encoder(fronts[batch].float())[:, encoder.extra:])
-        logits = logits.unflatten(1, (T, -1, min(bands, WINDOWS[kind]))).mean(3)
+        logits = head(tokens).unflatten(1, (T, -1, min(bands, WINDOWS[kind]))).mean(3)
         told = truth[batch][:, :, None].expand(*logits.shape[:-1], len(sizes))
         return sum(F.cross_entropy(part.flatten(0, 2), told[..., i].flatten())
                    for i, part in enumerate(logits.split(sizes, dim=-1)))
@@ -1385,6 +1388,9 @@ def prepare(o):
     with ProcessPoolExecutor(min(len(PARTS), os.cpu_count())) as pool:
         try:
             made = dict(zip(PARTS, pool.map(make_part, PARTS, repeat(o))))
+        except BrokenProcessPool:
+            raise ValueError("--prepare: one of its processes was killed; if for want of memory, "
+                             "lower --hear-clips") from None
         except BaseException:  # a Ctrl-C, too: nobody waits for the others
             for child in multiprocessing.active_children():
                 child.terminate()

@@ -347,8 +347,16 @@ def test_blur_is_noise_of_its_size_that_step_and_clip_decide():
 
 def test_only_the_small_curriculum_blurs_unless_asked(learn, sounds):
     assert not any(stage.blur for stage in train.curriculum(train.Options(llm="folder")))
-    blurred, plain = losses(learn("--out", "out/lal")[2]), losses(learn("--blur", 0)[2])
+    blurred, plain = losses(learn()[2]), losses(learn("--blur", 0)[2])
     assert [x for _, x, _ in blurred] != [x for _, x, _ in plain]
+
+
+def test_a_preparation_of_which_a_process_dies_says_so_and_keeps_what_was(refuses, monkeypatch):
+    Path("base.pt").write_text("precious")
+    monkeypatch.setattr(train, "teach", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
+    refuses(["killed", "--hear-clips"], train, "--prepare", "--base", "base.pt", "--read-steps", 1,
+            "--hear-clips", 1)
+    assert Path("base.pt").read_text() == "precious"
 
 
 def test_the_learning_rate_rises_once_and_falls_to_a_twentieth():
