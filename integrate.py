@@ -17,7 +17,8 @@ question and its answer (flamingo's audio has no place in it). Try:  python trai
 import math
 import os
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import partial, reduce
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -25,8 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from encoders import ENCODERS, load_encoder
-from model import (FAR, LLM, KVCache, LLMConfig, end, place, read_tokenizer, rotary, rotate,
-                   visibility)
+from model import (FAR, LLM, KVCache, LLMConfig, end, join_rows, place, read_tokenizer, rotary,
+                   rotate, visibility)
 
 # What audio tokens do in each layer beside leaving keys and values there: attend, feed forward.
 WORK = {"plits": (True, True), "lal": (False, False), "attn": (True, False), "ffn": (False, True)}
@@ -130,21 +131,27 @@ def run(llm, segments, cache=None, layers=None, rope=True):
     plain = plain and (cache is None or cache.plain)
     waiting, hidden = [], []
 
+    def together(placed):  # tokens and positions, each as one tensor
+        return [reduce(join_rows, parts) for parts in zip(*placed)]
+
     def run_waiting(in_order=False):
-        tokens, where = zip(*waiting)
-        rows = max(p.shape[0] for p in where)
-        positions = torch.cat([p.expand(rows, -1) for p in where], dim=1)
-        hidden.append(llm.model(torch.cat(tokens, dim=1), None if in_order else positions, cache))
+        tokens, positions = together(waiting)
+        tokens = tokens.expand(B, -1, -1)
+        hidden.append(llm.model(tokens, None if in_order else positions, cache))
         waiting.clear()
 
-    for how, tokens, lengths in segments:
-        positions, start = place(start, tokens.shape[1], lengths)
+    for how, neighbours in groupby(segments, lambda segment: segment[0]):
+        placed = []
+        for _, tokens, lengths in neighbours:
+            positions, start = place(start, tokens.shape[1], lengths)
+            placed.append((tokens, positions.to(tokens.device)))
         if how == "plits":
-            waiting.append((tokens.expand(B, -1, -1), positions.to(tokens.device)))
+            waiting += placed
             continue
         if how == "attn" and waiting:  # what it attends to has to run first
             run_waiting()
         # goes into the cache at its own place in the layout, before what is still to run
+        tokens, positions = together(placed)
         hear(llm, tokens, how, cache, layers if how == "lal" else None, positions, rope)
     if waiting:
         run_waiting(in_order=plain and len(waiting) == len(segments))

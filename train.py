@@ -673,19 +673,19 @@ def clip_of_scene(s, rate):
 def hear_all(model, clips):
     """Frozen features of every clip, once: {clip: {kind: (n, De)}}. clips: see Questions.clips."""
     clips, seconds = timed(clips)
-    names, features = list(clips), {}
-    groups = [names[at:at + 16] for at in range(0, len(names), 16)] + [[]]
+    names = list(clips)
+    groups = [names[at:at + 16] for at in range(0, len(names), 16)]
 
-    def read(group):
-        return [model.fronts(clips[name]) for name in group]
+    def listen_to(group):
+        heard = model.encode([model.fronts(clips[name]) for name in group])
+        return [{kind: tokens.cpu() for kind, tokens in features.items()} for features in heard]
 
-    with ThreadPoolExecutor(1) as ahead:  # the next clips are read while the encoders hear these
-        coming = ahead.submit(read, groups[0])
-        for group, after in tqdm(zip(groups, groups[1:]), "features", len(groups) - 1, leave=False,
-                                 mininterval=1):
-            fronts, coming = coming.result(), ahead.submit(read, after)
-            features |= {name: {kind: tokens.cpu() for kind, tokens in heard.items()}
-                         for name, heard in zip(group, model.encode(fronts))}
+    # a core each to clips of one's own: sooner than all cores together to one clip after another
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads,
+                            initargs=(1,)) as pool:
+        heard = tqdm(pool.map(listen_to, groups), "features", len(groups), leave=False,
+                     mininterval=1)
+        features = dict(zip(names, chain.from_iterable(heard)))
     tell_fit(model, list(seconds.values()))
     return features
 
