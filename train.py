@@ -680,7 +680,7 @@ def hear_all(model, clips):
         heard = model.encode([model.fronts(clips[name]) for name in group])
         return [{kind: tokens.cpu() for kind, tokens in features.items()} for features in heard]
 
-    # a core each to clips of one's own: sooner than all cores together to one clip after another
+    # a thread for each core with batches of its own: sooner than all cores at one batch at a time
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads,
                             initargs=(1,)) as pool:
         heard = tqdm(pool.map(listen_to, groups), "features", len(groups), leave=False,

@@ -10,6 +10,8 @@ import train
 from integrate import AudioLLM
 from sample import command_line
 
+torch.set_num_threads(1)  # sums of this size end sooner where no thread waits for another
+
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):

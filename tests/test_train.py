@@ -880,6 +880,17 @@ def test_encoders_in_the_loop_give_what_kept_features_give(workers, learn, sound
     assert close(kept, there, 1e-5)
 
 
+def test_clips_heard_side_by_side_are_each_heard_as_if_alone(base, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    model = train.load_base(base, "lal", train.WINDOWS)
+    clips, _ = train.world("train", 35, 0)
+    heard = train.hear_all(model, clips)
+    assert list(heard) == list(clips)
+    for clip in (0, 15, 16, 34):
+        alone, = model.features([clips[clip]])
+        assert all(torch.allclose(heard[clip][kind], alone[kind], atol=1e-5) for kind in alone)
+
+
 def test_workers_change_nothing_and_a_bad_sound_in_one_is_one_line(learn, sounds, refuses, base):
     plain, ahead = learn()[2], learn("--workers", 2)[2]
     assert losses(plain) == losses(ahead)
