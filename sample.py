@@ -619,6 +619,7 @@ def draw_curves(folder):
         points = [(line["step"], line["loss"]) for line in steps if line["stage"] == stage]
         left.plot(*zip(*points), ".", color=colour, label=f"stage {stage}")
     left.set(xlabel="step", ylabel="loss", yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
     left.legend()
     right.plot([line["step"] for line in checks], [line["validation"] for line in checks], "o-",
                color=COLOURS["sslam"], label="validation")
