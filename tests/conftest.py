@@ -1,5 +1,6 @@
 """What the rooms share: parts that have learnt next to nothing, made once, and a way to call."""
 import io
+import os
 import sys
 from functools import partialmethod
 
@@ -42,6 +43,7 @@ def call(monkeypatch, capsys, tmp_path):
     An exception that would end it with a traceback comes through, and fails the test.
     """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # no test cuts the power, and disks are slow
 
     def run(program, *options, stdin=""):
         monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, options)])
