@@ -673,16 +673,17 @@ def clip_of_scene(s, rate):
 def hear_all(model, clips):
     """Frozen features of every clip, once: {clip: {kind: (n, De)}}. clips: see Questions.clips."""
     clips, seconds = timed(clips)
-    names = list(clips)
-    groups = [names[at:at + 16] for at in range(0, len(names), 16)]
+    # a thread for each core with batches of its own: sooner than all cores at one batch at a time;
+    # of a GPU's two, one reads while the other waits for it. At most 16 clips or so are at work
+    threads = torch.get_num_threads() if model.device.type == "cpu" else 2
+    names, size = list(clips), math.ceil(16 / threads)
+    groups = [names[at:at + size] for at in range(0, len(names), size)]
 
     def listen_to(group):
         heard = model.encode([model.fronts(clips[name]) for name in group])
         return [{kind: tokens.cpu() for kind, tokens in features.items()} for features in heard]
 
-    # a thread for each core with batches of its own: sooner than all cores at one batch at a time
-    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads,
-                            initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         heard = tqdm(pool.map(listen_to, groups), "features", len(groups), leave=False,
                      mininterval=1)
         features = dict(zip(names, chain.from_iterable(heard)))

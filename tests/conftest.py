@@ -43,7 +43,7 @@ def call(monkeypatch, capsys, tmp_path):
     An exception that would end it with a traceback comes through, and fails the test.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # no test cuts the power, and disks are slow
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # nobody cuts the power here
 
     def run(program, *options, stdin=""):
         monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, options)])

@@ -881,12 +881,12 @@ def test_encoders_in_the_loop_give_what_kept_features_give(workers, learn, sound
 
 
 def test_clips_heard_side_by_side_are_each_heard_as_if_alone(base, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     model = train.load_base(base, "lal", train.WINDOWS)
-    clips, _ = train.world("train", 35, 0)
+    clips, _ = train.world("train", 11, 0)
     heard = train.hear_all(model, clips)
     assert list(heard) == list(clips)
-    for clip in (0, 15, 16, 34):
+    for clip in (0, 3, 4, 10):
         alone, = model.features([clips[clip]])
         assert all(torch.allclose(heard[clip][kind], alone[kind], atol=1e-5) for kind in alone)
 
