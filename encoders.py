@@ -1,21 +1,22 @@
-"""
-Sound to features: read a file, make its spectrogram, encode it into a grid of tokens.
+"""Sound to tokens: read a file, make its spectrogram, encode it into a grid of tokens.
 
-The paper's three audio encoders: Whisper for speech, SSLAM and CLAP for sounds at large. They are
-the originals' architectures, with the originals' parameter names, open the originals' checkpoints,
-and each has a miniature beside its real sizes that a laptop trains. Nothing here knows of LLMs.
+The paper's three audio encoders: Whisper for speech, SSLAM (self-supervised learning from audio
+mixtures) and CLAP (contrastive language-audio pretraining) for sounds in general. They have the
+originals' architectures and parameter names, open the originals' checkpoints, and each has a
+miniature beside its real sizes that a laptop trains. Nothing here knows of language models.
 
-    python -c "import encoders as e; w = e.load_audio('clip.wav', 16000); \
+    python -c "import encoders as e; w = e.load_audio('assets/demo.wav', 16000); \
                m = e.make_encoder('sslam'); print(m(m.front_end(w[None])).shape, m.grid)"
 
-Letters: B batch, N tokens, D width, H heads, F frames of a spectrogram, M its mel bands, R the
-side of CLAP's square map, nW its windows.
+A new encoder is a subclass of Encoder and one entry in ENCODERS.
+B batch, N tokens, D width, H heads, F frames of a spectrogram, M its mel bands, R the side of
+CLAP's square map, nW its windows. LN is layer normalisation, STFT the short-time Fourier transform.
 """
-
 import math
 import re
 import struct
 import warnings
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,9 +25,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import fill, load_tensors
+from lib.weights import load_tensors, load_weights
 
-# ----------------------------------------------------------------------------------------- Files
+# ------------------------------------------------------------------------------------ sound files
 
 # (format tag, bits) of a WAV -> how numpy reads one sample; 24 bits have no type of their own
 WAV_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "u1", (1, 32): "<i4",
@@ -35,8 +36,7 @@ CONVERT = "convert it, for example: ffmpeg -i IN -c:a pcm_s16le OUT.wav"
 
 
 def load_audio(path, rate):
-    """
-    Read a sound file as (samples,) float32 in [-1, 1], channels averaged, at `rate` Hz.
+    """Read a sound file as (samples,) float32 in [-1, 1], channels averaged, at `rate` Hz.
 
     WAV is read here; flac, ogg, mp3 and the rest through soundfile, if that is installed.
     Raises ValueError, one line: which file, what is wrong with it, what to do.
@@ -57,35 +57,33 @@ def load_audio(path, rate):
 
 def read_wav(path, raw):
     """The bytes of a RIFF WAVE file -> (samples, channels) float32 array, and its rate in Hz."""
-    at, chunks = 12, {}
-    while at + 8 <= len(raw) and b"data" not in chunks:
-        name, size = struct.unpack_from("<4sI", raw, at)
-        chunks[name] = at + 8, size
-        at += 8 + size + size % 2  # a chunk of odd length is followed by a padding byte
+    position, chunks = 12, {}
+    while position + 8 <= len(raw) and b"data" not in chunks:
+        name, size = struct.unpack_from("<4sI", raw, position)
+        chunks[name] = position + 8, size
+        position += 8 + size + size % 2  # a chunk of odd length is followed by a padding byte
     for name in b"fmt ", b"data":
         if name not in chunks:
             raise ValueError(f"{path}: a WAV file without its {name.decode()} chunk; {CONVERT}")
-    at, size = chunks[b"fmt "]
-    header = raw[at:at + size].ljust(26, b"\0")
+    start, size = chunks[b"fmt "]
+    header = raw[start:start + size].ljust(26, b"\0")
     tag, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", header)
     if tag == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the tag proper opens the sub-format
         tag, = struct.unpack_from("<H", header, 24)
     if (tag, bits) not in WAV_TYPES or channels == 0 or not 100 <= rate <= 1_000_000:
         raise ValueError(f"{path}: codec {tag}, {bits} bits, {channels} channels, {rate} Hz is no "
                          f"WAV of PCM or float samples; {CONVERT}")
-    at, size = chunks[b"data"]
-    there = len(raw) - at
-    if size > there and size != 0xFFFFFFFF:  # which means: written to a pipe, length not known
+    start, size = chunks[b"data"]
+    present = len(raw) - start
+    if size > present and size != 0xFFFFFFFF:  # which means: written to a pipe, length not known
         raise ValueError(f"{path}: truncated, its header promises {size} bytes of sound and "
-                         f"{there} are there; copy it again")
-    size = min(size, there) // (channels * bits // 8) * (channels * bits // 8)
+                         f"{present} are there; copy it again")
+    size = min(size, present) // (channels * bits // 8) * (channels * bits // 8)
 
     dtype = np.dtype(WAV_TYPES[tag, bits])
-    data = np.frombuffer(raw, dtype, size // dtype.itemsize, at)
+    data = np.frombuffer(raw, dtype, size // dtype.itemsize, start)
     if bits == 24:  # the upper three bytes of an int32
-        wide = np.zeros((size // 3, 4), np.uint8)
-        wide[:, 1:] = data.reshape(-1, 3)
-        data = wide.view("<i4")[:, 0]
+        data = np.pad(data.reshape(-1, 3), ((0, 0), (1, 0))).view("<i4")[:, 0]
     with np.errstate(over="ignore"):  # a double beyond float32 becomes inf, which is refused
         wave = data.astype(np.float32).reshape(-1, channels)
     if bits == 8:  # the only unsigned format
@@ -116,8 +114,7 @@ def save_wav(path, wave, rate):
 
 
 def resample(wave, old, new, zeros=6, rolloff=0.99):
-    """
-    (samples,) at `old` Hz -> (ceil(samples * new / old),) at `new` Hz, band-limited as
+    """(samples,) at `old` Hz -> (ceil(samples * new / old),) at `new` Hz, band-limited as
     torchaudio.functional.resample does by default: out(m) = sum_n x(n) h(n / old - m / new), h a
     sinc cut off at `rolloff` of the lower Nyquist frequency, Hann-windowed to `zeros` crossings.
     """
@@ -134,21 +131,22 @@ def resample(wave, old, new, zeros=6, rolloff=0.99):
     for p in range(0, new, 256):
         phase = torch.arange(p, min(p + 256, new), dtype=torch.float64)[:, None]
         first, last = p * old // new, int(phase[-1]) * old // new + 2 * reach + 1
-        near = torch.arange(first, last + 1, dtype=torch.float64)
-        t = (((near - reach) / old - phase / new) * cutoff).clamp(-zeros, zeros)
+        inputs = torch.arange(first, last + 1, dtype=torch.float64)
+        t = (((inputs - reach) / old - phase / new) * cutoff).clamp(-zeros, zeros)
         h = torch.sinc(t) * torch.cos(t * math.pi / zeros / 2) ** 2 * cutoff / old
-        rows = x[first:].unfold(0, len(near), old)[:blocks]  # (blocks, inputs)
+        rows = x[first:].unfold(0, len(inputs), old)[:blocks]  # (blocks, inputs)
         out[:, p:p + 256] = rows @ h.to(wave.dtype).T
     return out.flatten()[:length]
 
 
-# ---------------------------------------------------------------------------------- Spectrograms
+# ---------------------------------------------------------------------------------- spectrograms
 
-def mel_bank(mels, bins, rate, low, high, scale="slaney"):
-    """
-    (bins, mels) float32: band m rises from corner m to m + 1 and falls to m + 2, the corners
-    evenly spaced in mel. Slaney's mel is linear up to 1 kHz, logarithmic above, its triangles have
-    equal areas; those of HTK and Kaldi have equal heights, and Kaldi's are linear in mel, not Hz.
+def mel_filters(mels, bins, rate, low, high, scale="slaney"):
+    """Mel filters (bins, mels) float32: triangle m rises from corner m to m + 1, falls to m + 2.
+
+    Corners are evenly spaced in mel. Slaney's mel is linear up to 1 kHz, logarithmic above, and its
+    triangles have equal areas; those of the toolkits HTK and Kaldi have equal heights, and Kaldi's
+    are linear in mel, not in Hz.
     """
     hz = np.linspace(0, rate / 2, bins)
     if scale == "slaney":
@@ -164,10 +162,10 @@ def mel_bank(mels, bins, rate, low, high, scale="slaney"):
         hz, corners = np.log1p(hz / 700), mel
     left, peak, right = corners[:-2], corners[1:-1], corners[2:]
     rise, fall = (hz[:, None] - left) / (peak - left), (right - hz[:, None]) / (right - peak)
-    bank = np.maximum(0, np.minimum(rise, fall)).astype(np.float32)
+    filters = np.maximum(0, np.minimum(rise, fall)).astype(np.float32)
     if scale == "slaney":
-        bank *= (2 / (right - left)).astype(np.float32)
-    return torch.from_numpy(bank)
+        filters *= (2 / (right - left)).astype(np.float32)
+    return torch.from_numpy(filters)
 
 
 def power_spectrum(wave, window, hop):
@@ -176,42 +174,52 @@ def power_spectrum(wave, window, hop):
     return (x.real.square() + x.imag.square()).transpose(1, 2)
 
 
-# ----------------------------------------------------------------------- What the encoders share
+# ----------------------------------------------------------------------- what the encoders share
 
 class Encoder(nn.Module):
-    """
-    A clip becomes features, features become tokens:
+    """A clip becomes a spectrogram, a spectrogram becomes tokens:
 
-        encoder.front_end(wave (B, samples) at encoder.rate) -> features, float32
-        encoder(features) -> (B, N, D), N = extra + steps * bands
+        encoder.front_end(wave (B, samples) at encoder.rate) -> spectrogram, float32
+        encoder(spectrogram) -> (B, N, D), N = num_prefix_tokens + steps * bands
 
     Every clip fills one window of `seconds`: shorter ones are padded, of longer ones the first
-    window is heard, and a warning says so. After `extra` leading tokens (SSLAM's cls) come those
-    of `grid` = (time steps, frequency bands), low to high: token extra + t * bands + f.
-    `window` and `bank` (bins, mels) make the spectrogram: no weights, always float32.
+    window is heard, and a warning says so. After the prefix tokens (SSLAM's cls) come those of
+    `grid` = (time steps, frequency bands), low to high: token num_prefix_tokens + t * bands + f.
+    `window` and `filters` (bins, mels) make the spectrogram: no weights, always float32.
     """
-    extra = 0
-    source = None  # the public file that the weights came from
+    Config = None           # a dataclass of sizes, `width` and `seconds` among them
+    sizes = {}              # name: a Config
+    general = True          # for any sound: PAL sends its tokens LAL's way; False for speech
+    pool_size = 1           # how many tokens a connector averages into one
+    num_prefix_tokens = 0   # leading tokens that belong to no time
+    frozen = True           # not trained; AudioLLM minds it
+    checkpoint_path = None  # the public file that the weights came from
+    key_map = ()            # (pattern, replacement), in turn: a public file's names -> ours
+    ignored_keys = r"$^"    # which names, once mapped, load_encoder leaves out
 
     def __init__(self, config):
         super().__init__()
         self.config, self.width, self.seconds = config, config.width, config.seconds
+
+    @staticmethod
+    def infer_config(state, names):
+        """The Config of a public file's mapped tensors {name: tensor}, and its own names as one
+        text. May drop or cut tensors that the encoder has no use for."""
+        raise NotImplementedError
 
     def steps(self, seconds):
         """How many of the grid's time steps, from the first, carry a clip of so many seconds."""
         steps = self.grid[0]
         return min(steps, max(1, math.ceil(round(seconds * steps / self.seconds, 6))))
 
-    def tokens(self, seconds):
+    def num_tokens(self, seconds):
         """How many tokens, from the first, carry a clip of so many seconds; the rest is padding."""
-        return self.extra + self.steps(seconds) * self.grid[1]
+        return self.num_prefix_tokens + self.steps(seconds) * self.grid[1]
 
     @torch.no_grad()
     def front_end(self, wave):
-        """
-        (B, samples) -> this encoder's features. Clips of unequal length come as a list of
-        (samples,): each is padded as if it were alone, which padded waves would not be.
-        """
+        """(B, samples) -> this encoder's spectrogram. Clips of unequal length come as a list of
+        (samples,): each is padded as if it were alone, which padded waves would not be."""
         if isinstance(wave, (list, tuple)):
             return torch.cat([self.front_end(clip[None]) for clip in wave])
         assert wave.ndim == 2 and wave.shape[1] > 0, f"wanted (B, samples), got {wave.shape}"
@@ -236,16 +244,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
-class MLP(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """The parts of a transformer block under timm's names, which SSLAM and CLAP share."""
 
@@ -254,12 +252,13 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps)
-        self.mlp = MLP(width)
+        fc1, fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
 
 
-def waves(places, omega):
-    """(n,), (m,) -> (n, 2m) float32: sines of place * omega, then cosines; fixed positions."""
-    angle = places[:, None] * omega
+def sinusoids(positions, omega):
+    """(n,), (m,) -> (n, 2m) float32: sines of position * omega, then cosines."""
+    angle = positions[:, None] * omega
     return torch.from_numpy(np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32))
 
 
@@ -271,17 +270,6 @@ class WhisperConfig:
     width: int = 384
     layers: int = 4
     seconds: float = 30.0
-
-
-WHISPER_SIZES = {
-    "tiny": WhisperConfig(),
-    "base": WhisperConfig(width=512, layers=6),
-    "small": WhisperConfig(width=768, layers=12),
-    "medium": WhisperConfig(width=1024, layers=24),
-    "large-v2": WhisperConfig(width=1280, layers=32),
-    "large-v3": WhisperConfig(mels=128, width=1280, layers=32),  # and turbo
-    "mini": WhisperConfig(width=128, layers=3, seconds=4.0),
-}
 
 
 class WhisperAttention(nn.Module):
@@ -315,8 +303,27 @@ class WhisperBlock(nn.Module):
 
 
 class Whisper(Encoder):
-    """Features (B, M, F), a frame each 10 ms -> (B, F/2, D), a token each 20 ms."""
-    rate, Config, sizes = 16000, WhisperConfig, WHISPER_SIZES
+    """Spectrogram (B, M, F), a frame each 10 ms -> (B, F/2, D), a token each 20 ms."""
+    Config = WhisperConfig
+    sizes = {"tiny": WhisperConfig(),
+             "base": WhisperConfig(width=512, layers=6),
+             "small": WhisperConfig(width=768, layers=12),
+             "medium": WhisperConfig(width=1024, layers=24),
+             "large-v2": WhisperConfig(width=1280, layers=32),
+             "large-v3": WhisperConfig(mels=128, width=1280, layers=32),  # and turbo
+             "mini": WhisperConfig(width=128, layers=3, seconds=4.0)}
+    general = False  # it hears speech
+    pool_size = 4
+    rate = 16000
+    key_map = (
+        (r"^(model_state_dict\.|model\.)?(encoder\.)?", ""),  # openai/whisper; Hugging Face
+        (r"^layers\.", "blocks."), (r"^layer_norm\.", "ln_post."),
+        (r"^embed_positions\.weight", "positional_embedding"),
+        (r"\.self_attn_layer_norm\.", ".attn_ln."), (r"\.final_layer_norm\.", ".mlp_ln."),
+        (r"\.self_attn\.q_proj\.", ".attn.query."), (r"\.self_attn\.k_proj\.", ".attn.key."),
+        (r"\.self_attn\.v_proj\.", ".attn.value."), (r"\.self_attn\.out_proj\.", ".attn.out."),
+        (r"\.fc1\.", ".mlp.0."), (r"\.fc2\.", ".mlp.2."))
+    ignored_keys = r"decoder\.|proj_out\.|projector\.|classifier\.|layer_weights$"
 
     def __init__(self, config):
         super().__init__(config)
@@ -324,18 +331,18 @@ class Whisper(Encoder):
         self.frames = round(config.seconds * 100)
         self.grid = (math.ceil(self.frames / 2), 1)
         self.window = torch.from_numpy(np.hanning(401)[:-1].astype(np.float32))  # periodic
-        self.bank = mel_bank(config.mels, 201, self.rate, 0, 8000)
+        self.filters = mel_filters(config.mels, 201, self.rate, 0, 8000)
         self.conv1 = nn.Conv1d(config.mels, d, 3, padding=1)
         self.conv2 = nn.Conv1d(d, d, 3, stride=2, padding=1)
         omega = 10000.0 ** -(np.arange(d // 2) / (d // 2 - 1))
-        self.register_buffer("positional_embedding", waves(np.arange(self.grid[0]), omega))
+        self.register_buffer("positional_embedding", sinusoids(np.arange(self.grid[0]), omega))
         self.blocks = nn.Sequential(*(WhisperBlock(d) for _ in range(config.layers)))
         self.ln_post = nn.LayerNorm(d)
 
     def spectrogram(self, wave):
         samples = self.frames * 160
         wave = F.pad(wave, (0, max(0, samples - wave.shape[1])))[:, :samples]
-        mel = power_spectrum(wave, self.window, 160)[:, :-1] @ self.bank.to(wave.device)
+        mel = power_spectrum(wave, self.window, 160)[:, :-1] @ self.filters.to(wave.device)
         x = mel.clamp(min=1e-10).log10()
         x = torch.maximum(x, x.amax((1, 2), keepdim=True) - 8)  # 80 dB below each clip's own peak
         return ((x + 4) / 4).transpose(1, 2)  # (B, F, M) -> (B, M, F)
@@ -345,6 +352,12 @@ class Whisper(Encoder):
         x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, F/2, D)
         x = x + self.positional_embedding[:x.shape[1]]
         return self.ln_post(self.blocks(x))
+
+    @staticmethod
+    def infer_config(state, names):
+        width, mels, _ = state["conv1.weight"].shape
+        return WhisperConfig(mels, width, count_modules(state, "blocks."),
+                             seconds=len(state["positional_embedding"]) / 50)
 
 
 # ------ SSLAM (Alex et al., ICLR 2025; built as EAT, names of its Hugging Face port), for sounds
@@ -356,13 +369,6 @@ class SSLAMConfig:
     seconds: float = 10.24  # 1024 frames of 10 ms; frames come in columns of 16
 
 
-SSLAM_SIZES = {
-    "base": SSLAMConfig(),
-    "large": SSLAMConfig(width=1024, layers=24),  # EAT-large
-    "mini": SSLAMConfig(width=128, layers=3, seconds=4.0),
-}
-
-
 class SSLAMBlock(Block):
     """Post-LN: the stream itself is normalised after each part."""
 
@@ -372,8 +378,21 @@ class SSLAMBlock(Block):
 
 
 class SSLAM(Encoder):
-    """Features (B, 1, F, 128), a frame each 10 ms -> (B, 1 + F/16 * 8, D): cls, then patches."""
-    rate, extra, Config, sizes = 16000, 1, SSLAMConfig, SSLAM_SIZES
+    """Spectrogram (B, 1, F, 128), a frame each 10 ms -> (B, 1 + F/16 * 8, D): cls, then patches."""
+    Config = SSLAMConfig
+    sizes = {"base": SSLAMConfig(),
+             "large": SSLAMConfig(width=1024, layers=24),  # EAT-large
+             "mini": SSLAMConfig(width=128, layers=3, seconds=4.0)}
+    rate = 16000
+    pool_size = 4
+    num_prefix_tokens = 1  # cls
+    key_map = (
+        (r"^(model\.)+", ""),  # fairseq: one or, fine-tuned, two; Hugging Face: one
+        (r"^modality_encoders\.IMAGE\.(context_encoder\.norm\.)", "pre_norm."),
+        (r"^modality_encoders\.IMAGE\.", ""))
+    # decoders, heads, copies, training states
+    ignored_keys = (r"_ema\.|(shared_)?decoder\.|recon_proj\.|cls_proj\.|center$|fc_norm\.|head\.|"
+                    r"args\.|cfg\.|criterion\.|(last_)?optimizer_|task_state\.|extra_state\.")
 
     def __init__(self, config):
         super().__init__(config)
@@ -382,13 +401,13 @@ class SSLAM(Encoder):
         assert self.frames % 16 == 0, f"{config.seconds} s are not a multiple of 0.16 s"
         self.grid = (self.frames // 16, 8)
         self.window = torch.from_numpy(np.hanning(400).astype(np.float32))  # not periodic
-        self.bank = mel_bank(128, 257, self.rate, 20, 8000, "kaldi")
+        self.filters = mel_filters(128, 257, self.rate, 20, 8000, "kaldi")
         self.extra_tokens = nn.Parameter(nn.init.uniform_(torch.empty(1, 1, d), -0.03, 0.03))
         self.local_encoder = nn.ModuleDict({"proj": nn.Conv2d(1, d, 16, stride=16)})
-        # A patch's band is told in the first half of its width, its time in the second.
+        # The first half of the width tells a patch's band, the second its time.
         t, f = np.divmod(np.arange(self.frames // 2), 8)
         omega = 10000.0 ** -(np.arange(d // 4) / (d // 4))
-        positions = torch.cat([waves(f, omega), waves(t, omega)], 1)[None]  # (1, N, D)
+        positions = torch.cat([sinusoids(f, omega), sinusoids(t, omega)], 1)[None]  # (1, N, D)
         self.fixed_positional_encoder = nn.Module()
         self.fixed_positional_encoder.register_buffer("positions", positions)
         self.pre_norm = nn.LayerNorm(d, eps=1e-6)
@@ -401,7 +420,7 @@ class SSLAM(Encoder):
         x = x - x.mean(2, keepdim=True)  # which undoes any offset of the whole clip as well
         x = x - 0.97 * F.pad(x, (1, 0))[..., :-1]  # pre-emphasis; the window is 0 where it starts
         x = torch.fft.rfft(x * self.window.to(x.device), 512)
-        mel = (x.real.square() + x.imag.square()) @ self.bank.to(wave.device)
+        mel = (x.real.square() + x.imag.square()) @ self.filters.to(wave.device)
         x = mel.clamp(min=2.0 ** -23).log()
         # Zeros first, normalisation after: to the model padding is 0.467, not 0 and not silence.
         x = F.pad(x, (0, 0, 0, self.frames - x.shape[1]))
@@ -413,6 +432,14 @@ class SSLAM(Encoder):
         x = x + self.fixed_positional_encoder.positions[:, :x.shape[1]]
         x = torch.cat([self.extra_tokens.expand(len(x), -1, -1), x], 1)  # cls has no position
         return self.blocks(self.pre_norm(x))
+
+    @staticmethod
+    def infer_config(state, names):
+        name = "fixed_positional_encoder.positions"
+        columns = min(64, state[name].shape[1] // 8)  # some files have positions for 122 s
+        state[name] = state[name][:, :columns * 8]
+        return SSLAMConfig(state["extra_tokens"].shape[2], count_modules(state, "blocks."),
+                           seconds=columns * 0.16)
 
 
 # ------------------ CLAP (Wu et al. 2022, Elizalde et al. 2023; names of laion_clap), for sounds
@@ -426,20 +453,10 @@ class CLAPConfig:
     seconds: float = 10.0
     rate: int = 48000
     hop: int = 480
-    scale: str = "slaney"   # of the mel bank, or htk
-    high: float = 14000.0   # where the mel bank ends, in Hz
-    bank_rate: int = 48000  # Microsoft's bank was made for 32 kHz, its sound comes at 44.1
-    fill: bool = False      # short clips: repeat to the brim, or whole copies and then zeros
-
-
-CLAP_SIZES = {
-    "tiny": CLAPConfig(),  # clap-htsat-unfused
-    "fused": CLAPConfig(scale="htk"),
-    "base": CLAPConfig(width=128, depths=(2, 2, 12, 2)),  # larger_clap_*
-    "microsoft": CLAPConfig(seconds=7.0, rate=44100, hop=320, bank_rate=32000, fill=True),
-    "mini": CLAPConfig(width=32, depths=(2, 2, 2), heads=2, image=128, seconds=4.0, rate=16000,
-                       hop=256, high=8000.0, bank_rate=16000),
-}
+    scale: str = "slaney"   # of the mel filters, or htk
+    high: float = 14000.0   # where the mel filters end, in Hz
+    bank_rate: int = 48000  # Microsoft's filters were made for 32 kHz, its sound is at 44.1
+    repeat_to_fill: bool = False  # short clips: repeat to the end, or whole copies, then zeros
 
 
 class SwinBlock(Block):
@@ -494,13 +511,36 @@ class PatchMerging(nn.Module):
 
 
 class CLAP(Encoder):
-    """
-    Features (B, 1, F, 64) -> (B, N, D); the real ones have 32 time steps x 2 bands of frequency.
+    """Spectrogram (B, 1, F, 64) -> (B, N, D); the real sizes have 32 time steps x 2 bands.
 
     HTSAT is a Swin transformer made for square images. The long, low spectrogram is stretched to
     image^2 / 64 frames and cut in image / 64 pieces, which are laid one below the other.
     """
-    Config, sizes = CLAPConfig, CLAP_SIZES
+    Config = CLAPConfig
+    sizes = {"tiny": CLAPConfig(),  # clap-htsat-unfused
+             "fused": CLAPConfig(scale="htk"),  # fuses parts of clips longer than 10 s
+             "base": CLAPConfig(width=128, depths=(2, 2, 12, 2)),  # larger_clap_*
+             "microsoft": CLAPConfig(seconds=7.0, rate=44100, hop=320, bank_rate=32000,
+                                     repeat_to_fill=True),
+             "mini": CLAPConfig(width=32, depths=(2, 2, 2), heads=2, image=128, seconds=4.0,
+                                rate=16000, hop=256, high=8000.0, bank_rate=16000)}
+    pool_size = 2
+    key_map = (
+        (r"^(state_dict\.|model\.)?(module\.)?", ""),
+        (r"^(audio_branch|audio_encoder\.base\.htsat)\.", ""),  # laion_clap; Microsoft
+        (r"^(audio_model\.)?audio_encoder\.", ""),  # Hugging Face, as all that follows
+        (r"^batch_norm\.", "bn0."), (r"^logmel_extractor\.melW$", "filters"),
+        (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
+        (r"\.attention\.self\.query\.", ".attn.qkv.0."),  # three parts, joined on loading
+        (r"\.attention\.self\.key\.", ".attn.qkv.1."),
+        (r"\.attention\.self\.value\.", ".attn.qkv.2."),
+        (r"\.attention\.self\.", ".attn."), (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2."))
+    # text towers, heads, copies of what is computed here, what long clips alone need
+    ignored_keys = (r"text_|caption_encoder\.|logit_scale|(audio_)?projection\.|audio_transform\.|"
+                    r"spectrogram_extractor\.|tscam_conv\.|head\.|optimizer\.|scaler\.|"
+                    r".*\.(attn_mask|relative_position_index)$|"
+                    r".*\b(mel_conv[12]d|fusion_model)\.")
 
     def __init__(self, config):
         super().__init__(config)
@@ -510,7 +550,7 @@ class CLAP(Encoder):
         self.samples = round(config.seconds * config.rate)
         assert 1 + self.samples // config.hop <= self.frames, f"{config} is too long for its image"
         self.window = torch.from_numpy(np.hanning(1025)[:-1].astype(np.float32))
-        self.bank = mel_bank(64, 513, config.bank_rate, 50, config.high, config.scale)
+        self.filters = mel_filters(64, 513, config.bank_rate, 50, config.high, config.scale)
         self.bn0 = nn.BatchNorm2d(64)
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, d, 4, 4), "norm": nn.LayerNorm(d)})
         self.layers = nn.Sequential()
@@ -529,9 +569,10 @@ class CLAP(Encoder):
     def spectrogram(self, wave):
         wave, n = wave[:, :self.samples], self.samples
         copies = n / wave.shape[1]
-        wave = wave.repeat(1, math.ceil(copies) if self.config.fill else int(copies))[:, :n]
+        copies = math.ceil(copies) if self.config.repeat_to_fill else int(copies)
+        wave = wave.repeat(1, copies)[:, :n]
         wave = F.pad(wave, (0, n - wave.shape[1]))
-        mel = power_spectrum(wave, self.window, self.config.hop) @ self.bank.to(wave.device)
+        mel = power_spectrum(wave, self.window, self.config.hop) @ self.filters.to(wave.device)
         return 10 * mel.clamp(min=1e-10).log10()[:, None]  # (B, 1, F, 64), in dB
 
     def forward(self, x):
@@ -544,130 +585,74 @@ class CLAP(Encoder):
         x = x.unflatten(1, (self.pieces, -1))  # (B, pieces, bands, steps in one, D)
         return x.transpose(2, 3).flatten(1, 3)  # (B, steps * bands, D)
 
+    @staticmethod
+    def infer_config(state, names):
+        size = "microsoft" if "audio_encoder.base.htsat." in names else "tiny"
+        if size == "tiny" and re.search(r"mel_conv[12]d\.|fusion_model\.", names):
+            size = "fused"
+            state.pop("filters", None)  # they are in the file, but its training did not use them
+        depths = [count_modules(state, f"layers.{i}.blocks.")
+                  for i in range(count_modules(state, "layers."))]
+        bias_table = state["layers.0.blocks.0.attn.relative_position_bias_table"]
+        return replace(CLAP.sizes[size], width=len(state["patch_embed.proj.weight"]),
+                       depths=tuple(depths), heads=bias_table.shape[1])
 
-# ---------------------------------------------------------------------------- Public checkpoints
+
+# ---------------------------------------------------------------------------- public checkpoints
 
 ENCODERS = {"whisper": Whisper, "sslam": SSLAM, "clap": CLAP}
 
-# How the public files name things, as (pattern, replacement), applied one after the other
-NAMES = {
-    "whisper": (
-        (r"^(model_state_dict\.|model\.)?(encoder\.)?", ""),  # openai/whisper; Hugging Face
-        (r"^layers\.", "blocks."), (r"^layer_norm\.", "ln_post."),
-        (r"^embed_positions\.weight", "positional_embedding"),
-        (r"\.self_attn_layer_norm\.", ".attn_ln."), (r"\.final_layer_norm\.", ".mlp_ln."),
-        (r"\.self_attn\.q_proj\.", ".attn.query."), (r"\.self_attn\.k_proj\.", ".attn.key."),
-        (r"\.self_attn\.v_proj\.", ".attn.value."), (r"\.self_attn\.out_proj\.", ".attn.out."),
-        (r"\.fc1\.", ".mlp.0."), (r"\.fc2\.", ".mlp.2.")),
-    "sslam": (
-        (r"^(model\.)+", ""),  # fairseq: one or, fine-tuned, two; Hugging Face: one
-        (r"^modality_encoders\.IMAGE\.(context_encoder\.norm\.)", "pre_norm."),
-        (r"^modality_encoders\.IMAGE\.", "")),
-    "clap": (
-        (r"^(state_dict\.|model\.)?(module\.)?", ""),
-        (r"^(audio_branch|audio_encoder\.base\.htsat)\.", ""),  # laion_clap; Microsoft
-        (r"^(audio_model\.)?audio_encoder\.", ""),  # Hugging Face, as all that follows
-        (r"^batch_norm\.", "bn0."), (r"^logmel_extractor\.melW$", "bank"),
-        (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
-        (r"\.attention\.self\.query\.", ".attn.qkv.0."),  # three parts, put together on loading
-        (r"\.attention\.self\.key\.", ".attn.qkv.1."),
-        (r"\.attention\.self\.value\.", ".attn.qkv.2."),
-        (r"\.attention\.self\.", ".attn."), (r"\.attention\.output\.dense\.", ".attn.proj."),
-        (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2.")),
-}
-# What is left out on purpose, once named so: decoders, heads, text towers, copies, training states
-IGNORED = {
-    "whisper": r"decoder\.|proj_out\.|projector\.|classifier\.|layer_weights$",
-    "sslam": r"_ema\.|(shared_)?decoder\.|recon_proj\.|cls_proj\.|center$|fc_norm\.|head\.|"
-             r"args\.|cfg\.|criterion\.|(last_)?optimizer_|task_state\.|extra_state\.",
-    "clap": r"text_|caption_encoder\.|logit_scale|(audio_)?projection\.|audio_transform\.|"
-            r"spectrogram_extractor\.|tscam_conv\.|head\.|optimizer\.|scaler\.|"
-            r".*\.(attn_mask|relative_position_index)$|.*\b(mel_conv[12]d|fusion_model)\.",
-}
-# What a name in the file tells of the front end that it was trained with; the first that is found
-CLAP_FRONT_ENDS = {r"audio_encoder\.base\.htsat\.": CLAP_SIZES["microsoft"],
-                   r"mel_conv[12]d\.|fusion_model\.": CLAP_SIZES["fused"],
-                   "": CLAP_SIZES["tiny"]}
+
+def make_encoder(kind, size="mini"):
+    """A new encoder with random weights, of one of ENCODERS[kind].sizes."""
+    return ENCODERS[kind](ENCODERS[kind].sizes[size])
 
 
 def load_encoder(kind, path, dtype=torch.float32):
-    """
-    Open a public checkpoint, a file or a Hugging Face folder, as ENCODERS[kind], in eval mode.
+    """Open a public checkpoint, a file or a Hugging Face folder, as ENCODERS[kind], in eval mode.
 
     Its form and sizes are read off its tensors: Whisper of openai/whisper and Hugging Face; SSLAM
     of fairseq, pre-trained and fine-tuned, and Hugging Face; CLAP of laion_clap, fused or not,
     Hugging Face, and Microsoft 2023. Weights become `dtype`, for a GPU perhaps a half one; a file
     of that type is mapped, not copied. ValueError, one line: what is missing or misshapen.
     """
-    tensors = load_tensors(path)
+    tensors, encoder_class = load_tensors(path), ENCODERS[kind]
     names = list(tensors)
-    state = public_names(kind, tensors)
+    state = rename_keys(encoder_class, tensors)
     try:
-        config = MEASURE[kind](state, " ".join(names))
+        config = encoder_class.infer_config(state, " ".join(names))
     except (KeyError, ValueError, IndexError) as error:  # absent, or not of so many dimensions
         raise ValueError(f"{path}: no {kind} encoder among its {len(names)} tensors ({error})"
                          ) from None
     with torch.device("meta"):  # no memory for weights that are about to be replaced
-        encoder = ENCODERS[kind](config)
-    bank = state.pop("bank", encoder.bank)  # CLAP's files may bring their own
-    if bank.shape != encoder.bank.shape:
-        raise ValueError(f"{path}: its mel bank is {tuple(bank.shape)}, not "
-                         f"{tuple(encoder.bank.shape)}")
-    fill(encoder, state, f"{path}: not quite a {kind} encoder", dtype)
-    encoder.bank, encoder.source = bank.float(), str(path)
+        encoder = encoder_class(config)
+    filters = state.pop("filters", encoder.filters)  # CLAP's files may bring their own
+    if filters.shape != encoder.filters.shape:
+        raise ValueError(f"{path}: its mel filters are {tuple(filters.shape)}, not "
+                         f"{tuple(encoder.filters.shape)}")
+    load_weights(encoder, state, f"{path}: not quite a {kind} encoder", dtype)
+    encoder.filters, encoder.checkpoint_path = filters.float(), str(path)
     return encoder.eval()
 
 
-def public_names(kind, tensors):
+def rename_keys(encoder_class, tensors):
     """The encoder's own tensors, by the names that they have here. Empties `tensors`, so that what
     is put together anew, or not needed, does not stay in memory."""
     state = {}
     while tensors:
         name, tensor = tensors.popitem()
-        for pattern, new in NAMES[kind]:
-            name = re.sub(pattern, new, name)
-        if not re.match(IGNORED[kind], name):
+        for pattern, replacement in encoder_class.key_map:
+            name = re.sub(pattern, replacement, name)
+        if not re.match(encoder_class.ignored_keys, name):
             state[name] = tensor
     for name in [name for name in state if ".qkv.0." in name]:
-        three = [name.replace("qkv.0", f"qkv.{i}") for i in range(3)]
-        if all(part in state and state[part].shape == state[name].shape for part in three):
-            whole = torch.cat([state.pop(part) for part in three])
-            state[name.replace("qkv.0", "qkv")] = whole
+        parts = [name.replace("qkv.0", f"qkv.{i}") for i in range(3)]
+        if all(part in state and state[part].shape == state[name].shape for part in parts):
+            joined = torch.cat([state.pop(part) for part in parts])
+            state[name.replace("qkv.0", "qkv")] = joined
     return state
 
 
-def count(state, prefix):
+def count_modules(state, prefix):
     """How many modules there are in the list `prefix`."""
     return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
-
-
-def measure_whisper(state, names):
-    width, mels, _ = state["conv1.weight"].shape
-    return WhisperConfig(mels, width, count(state, "blocks."),
-                         seconds=len(state["positional_embedding"]) / 50)
-
-
-def measure_sslam(state, names):
-    table = "fixed_positional_encoder.positions"
-    columns = min(64, state[table].shape[1] // 8)  # some files have positions for 122 s
-    state[table] = state[table][:, :columns * 8]
-    return SSLAMConfig(state["extra_tokens"].shape[2], count(state, "blocks."),
-                       seconds=columns * 0.16)
-
-
-def measure_clap(state, names):
-    base = next(config for mark, config in CLAP_FRONT_ENDS.items() if re.search(mark, names))
-    if base.scale == "htk":  # the fused ones carry a bank that they do not listen through
-        state.pop("bank", None)
-    stages = range(count(state, "layers."))
-    return replace(base, width=len(state["patch_embed.proj.weight"]),
-                   depths=tuple(count(state, f"layers.{i}.blocks.") for i in stages),
-                   heads=state["layers.0.blocks.0.attn.relative_position_bias_table"].shape[1])
-
-
-MEASURE = {"whisper": measure_whisper, "sslam": measure_sslam, "clap": measure_clap}
-
-
-def make_encoder(kind, size="mini"):
-    """A new encoder with random weights, of one of ENCODERS[kind].sizes."""
-    return ENCODERS[kind](ENCODERS[kind].sizes[size])

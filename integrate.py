@@ -1,578 +1,548 @@
-"""How audio gets into an LLM: the paper's method, all of it in this file.
+"""How audio gets into a large language model (LLM): the paper's method, all of it in this file.
 
-"PAL: Probing Audio Encoders via LLMs" (arXiv 2506.10423v2), section 3. An LLM's layer that has
-read something keeps only its keys and values, so a model can hear by having its KV cache written:
+"PAL: Probing Audio Encoders via LLMs" (arXiv 2506.10423v2), section 3. Later tokens see earlier
+ones only through cached keys and values, so a model can hear by having its KV cache written:
 
-- PLITS writes it the ordinary way: audio tokens run through every layer like words.
-- LAL writes it directly: at each layer k, v = W_K n(a), W_V n(a) of the same audio tokens a, with
-  n that layer's own input norm. No audio queries, no feed-forward, no work between layers.
-- PAL does both: the speech encoder's tokens the PLITS way, the general encoders' the LAL way.
+- PLITS (Prepend to the LLM's Input Token Space) writes it the ordinary way: the audio tokens run
+  through every layer as words do.
+- LAL (Lightweight Audio LLM Integration) writes it directly: at each layer, k = W_K norm(a) and
+  v = W_V norm(a) of the same audio tokens a, with that layer's own W_K, W_V and input norm. The
+  audio asks no queries and passes no feed-forward part.
+- PAL does both: the speech encoder's tokens go the PLITS way, the general encoders' the LAL way.
 
-Between PLITS and LAL lie attn and ffn: audio that runs only that half of each layer. Flamingo's way
-stands beside them: gated layers of its own.
+Positions follow one layout in every mode: beginning of sequence, Whisper's tokens, SSLAM's, CLAP's,
+then the question and its answer. A query sees every key whose position is not after its own.
 
-Positions follow one layout in every mode: beginning of text, whisper, sslam, clap, then the
-question and its answer (flamingo's audio has no place in it). Try:  python train.py --mode lal
+Read `hear` and `prefill` first, and try:  python train.py --mode lal
+
+B batch, T text tokens, N audio tokens, D the LLM's width, De an encoder's width, W a connector's,
+L queries, H heads, d head width.
 """
 import math
-import os
 from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from itertools import groupby
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from encoders import ENCODERS, load_encoder
-from model import (FAR, LLM, KVCache, LLMConfig, end, join_rows, place, read_tokenizer, rotary,
-                   rotate, visibility)
+from lib.tokenizers import tokenizer_from_bytes
+from lib.weights import (bytes_to_tensor, load_checkpoint, load_weights, save_atomically,
+                         tensor_to_bytes)
+from model import (LLM, PAD_POSITION, KVCache, LLMConfig, cat_broadcast, make_positions, rotary,
+                   rotate)
 
-# What audio tokens do in each layer beside leaving keys and values there: attend, feed forward.
-WORK = {"plits": (True, True), "lal": (False, False), "attn": (True, False), "ffn": (False, True)}
 
-# A mode is nothing but the route of each encoder; only flamingo, with layers of its own, has none.
-ROUTES = {mode: dict.fromkeys(ENCODERS, mode) for mode in WORK}
-ROUTES["pal"] = {"whisper": "plits", "sslam": "lal", "clap": "lal"}
-MODES = ("plits", "lal", "pal", "attn", "ffn", "flamingo")
+class Segment(NamedTuple):
+    """Neighbouring tokens that go into the LLM the same way."""
+    route: str                     # plits: run through the LLM; lal: write keys and values only
+    tokens: torch.Tensor           # (B or 1, N, D): embedded text, or audio in the LLM's width
+    lengths: torch.Tensor = None   # (B,): rows may have fewer than N tokens, the rest is padding
 
+
+def hear(llm, audio, route, cache=None, layers=None, positions=None, rotate_keys=True):
+    """Write audio tokens (B, N, D), already in the LLM's width, into the LLM's KV cache.
+
+    route: "plits" (run them through every layer) or "lal" (write keys and values directly).
+    cache: what came before (None: nothing). positions (1 or B, N): None means in order, after what
+    the cache holds; PAD_POSITION marks padding. For LAL alone: layers, the ones to write (None:
+    all); rotate_keys=False leaves the keys as if all stood at position 0. Returns the cache.
+    """
+    cache = KVCache(llm.config.num_hidden_layers) if cache is None else cache
+    if route == "plits":
+        assert layers is None, "PLITS runs through every layer: only LAL can leave some out"
+        llm.model(audio, positions, cache)
+        return cache
+
+    assert route == "lal", f"route {route!r}: expected plits or lal"
+    layers = range(llm.config.num_hidden_layers) if layers is None else layers
+    positions = cache.extend(audio, positions, layers)
+    angles = rotary(positions if rotate_keys else 0 * positions, llm.config, audio.dtype)
+    # norm(a) = a / rms(a) * gain. The same tokens go to every layer, so a / rms(a) is computed once
+    # and each layer's gain is multiplied into its W_K and W_V, which are smaller than the audio.
+    normalized = F.rms_norm(audio, audio.shape[-1:], eps=llm.config.rms_norm_eps)  # (B, N, D)
+    for i in layers:
+        gain = llm.model.layers[i].input_layernorm.weight
+        attention = llm.model.layers[i].self_attn
+        # This reads the weights themselves, past any wrapper's forward: a LoRA layer (low-rank
+        # adaptation) around k_proj or v_proj must offer W + BA as its `weight`.
+        k, v = (attention.split_heads(F.linear(normalized, proj.weight * gain, proj.bias))
+                for proj in (attention.k_proj, attention.v_proj))  # (B, N, K, d)
+        cache.append(i, rotate(k, angles), v)
+    return cache
+
+
+def prefill(llm, segments, cache=None, write=hear):
+    """Run or write segments, in order of position, into the cache; returns the last hidden states.
+
+    Neighbours of one route are joined to a group. A PLITS group is one call of the decoder over
+    the cache; any other group is written by `write`, a function like `hear`.
+    segments: a list of Segment; text is "plits". cache: a KVCache that is extended in place (None:
+    a new one). Returns (B, n, D), the hidden states of the last group, None if it was not run.
+
+    For example, LAL with 1 beginning-of-sequence token, 4 audio tokens and 3 text tokens:
+
+        segments                            group    positions   cache slots at each layer
+        Segment("plits", beginning (1, D))  run      0           0: k, v of the layer's own input
+        Segment("lal", audio (4, D))        written  1 2 3 4     1-4: W_K norm(a), W_V norm(a)
+        Segment("plits", text (3, D))       run      5 6 7       5-7: k, v of the layer's own input
+
+    The first text token, at position 5, sees slots 0 to 5; the last, at 7, sees 0 to 7. Slot order
+    is position order, in every mode. PLITS would be one group and one call, positions 0 to 7.
+    """
+    cache = KVCache(llm.config.num_hidden_layers) if cache is None else cache
+    hidden, B = None, 1
+    segments = [segment for segment in segments if segment.tokens.shape[1]]
+    for route, group in groupby(segments, key=lambda segment: segment.route):
+        group = list(group)
+        tokens = reduce(cat_broadcast, [segment.tokens for segment in group])  # (1 or B, n, D)
+        positions = padded_positions(group, cache.next_position)
+        B = max(B, tokens.shape[0])
+        if route == "plits":
+            hidden = llm.model(tokens.expand(B, -1, -1), positions, cache)
+        else:
+            hidden = None
+            write(llm, tokens, route, cache, positions=positions)
+    return hidden
+
+
+def padded_positions(group, start):
+    """Positions (1 or B, n) of a group's tokens from `start` on; None if no segment is padded."""
+    if all(segment.lengths is None for segment in group):
+        return None
+    positions = []
+    for segment in group:
+        new, start = make_positions(start, segment.tokens.shape[1], segment.lengths)
+        positions.append(new.to(segment.tokens.device))
+    return reduce(cat_broadcast, positions)
+
+
+def pal(llm, ids, prefix, side, before=None, layers=None):
+    """Logits (B, T, V) of text ids (B, T) after `prefix`, heard the PLITS way, and `side`, LAL's.
+
+    prefix, side: audio tokens (B, N, D) in the LLM's width, or None; prefix comes first, so it sees
+    nothing of side. before (B or 1, Tb): ids in front of the audio, which see nothing of it.
+    """
+    segments = [] if before is None else [Segment("plits", llm.embed(before))]
+    segments += [Segment(route, audio) for route, audio in (("plits", prefix), ("lal", side))
+                 if audio is not None]
+    segments.append(Segment("plits", llm.embed(ids)))
+    hidden = prefill(llm, segments, write=partial(hear, layers=layers))
+    return llm.head(hidden[:, -ids.shape[1]:])
+
+
+def plits(llm, ids, audio, before=None):
+    """Logits (B, T, V) of ids (B, T) after audio (B, N, D) run through the LLM: the baseline."""
+    return pal(llm, ids, audio, None, before)
+
+
+def lal(llm, ids, audio, layers=None, before=None):
+    """Logits (B, T, V) of ids (B, T); audio (B, N, D) is keys and values only, in `layers`."""
+    return pal(llm, ids, None, audio, before, layers)
+
+
+# Modes, each with the function that changes a new AudioLLM into it. The paper's need none: there a
+# mode is nothing but a route for each encoder. lib/variants.py enters modes beyond the paper.
+MODES = {"plits": None, "lal": None, "pal": None}
+
+
+def mode_routes(mode, encoders):
+    """{kind: route} of these encoders {kind: module} in a mode. ValueError for an unknown mode."""
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
+    if mode == "pal":
+        return {kind: "lal" if e.general else "plits" for kind, e in encoders.items()}
+    return dict.fromkeys(encoders, mode)
+
+
+# ------------------------------------------------------------------------------- connectors
 
 @dataclass(frozen=True)
-class Arm:
-    """The choices beside the mode, kept in the checkpoint. train.py has an option for each."""
-    connector: str = "auto"    # mlp, qformer, lfst; auto is lfst for sslam with clap, else mlp
+class IntegrationConfig:
+    """The choices beside the mode; a checkpoint keeps them. A field that an older checkpoint does
+    not know gets its default."""
+    connector: str = "auto"    # a name of CONNECTORS; auto: lfst for two general encoders, else mlp
     connector_layers: int = 2  # of a Q-Former or LFST
     queries: int = 32          # of a Q-Former
     grid_steps: int = 32       # of LFST, but no more than the coarsest of its encoders has
-    grid_bands: int = 2
-    lal_layers: str = "all"    # where LAL writes, see pick_layers
+    grid_bands: int = 2        # of LFST
+    lal_layers: str = "all"    # the layers that LAL writes, see parse_layers
     audio_rope: str = "on"     # off: LAL's keys have no positions
-    flamingo_every: int = 1    # one gated layer for so many of the LLM's
+    flamingo_every: int = 1    # flamingo: one gated layer for so many of the LLM's
 
 
-def pick_layers(text, count):
+def parse_layers(text, count):
     """The layers, of so many, that "4:", "::2" or "0,4,8" names; None for "all"."""
     if text == "all":
         return None
     try:
         numbers = [int(n) if n else None for n in text.split(":" if ":" in text else ",")]
-        chosen = set(range(count)[slice(*numbers)] if ":" in text else numbers)
+        layers = set(range(count)[slice(*numbers)] if ":" in text else numbers)
     except (ValueError, TypeError):
-        chosen = ()
-    if not chosen or not chosen <= set(range(count)):
+        layers = set()
+    if not layers or not layers <= set(range(count)):
         raise ValueError(f"lal-layers {text}: expected all, or of 0 to {count - 1}: "
                          "2: or ::2 or 0,1")
-    return sorted(chosen)
+    return sorted(layers)
 
 
-# --------------------------------------------------------------------------------- hearing
-
-def hear(llm, audio, how, cache=None, layers=None, positions=None, rope=True):
-    """Write audio tokens (B, N, D), already in the LLM's width, into the LLM's KV cache.
-
-    how: plits (run them through every layer) or lal (write keys and values directly), or between
-    the two attn (run attention, no feed-forward) or ffn (feed-forward, no attention).
-    cache: what came before (None: nothing). layers: with lal, the layers to write (None: all).
-    positions (1 or B, N): None means in order, after what the cache holds; FAR marks padding.
-    rope: False leaves the keys as if all were at position 0. Returns the cache. Paper, section 3.
-    """
-    assert how in WORK, f"how is {how!r}: plits or lal, or between them attn or ffn"
-    assert layers is None or how == "lal", f"{how} runs through every layer: only lal can choose"
-    attend, feed_forward = WORK[how]
-    cache = cache or KVCache(llm.config.num_hidden_layers)
-    if attend and feed_forward:
-        llm.model(audio, positions, cache)
-        return cache
-    in_order = positions is None
-    if in_order:
-        positions, cache.next = place(cache.next, audio.shape[1])
-    else:
-        cache.next, cache.plain = end(positions), False
-    positions = positions.to(audio.device)
-    layers = range(llm.config.num_hidden_layers) if layers is None else layers
-    cache.extend(positions, layers)
-    angles = rotary(positions if rope else 0 * positions, llm.config, audio.dtype)
-    mask = visibility(positions, cache.positions[0], audio.dtype) if attend else None
-
-    x = audio  # (B, N, D)
-    for i in layers:
-        block, attention = llm.model.layers[i], llm.model.layers[i].self_attn
-        if attend:
-            x = x + attention(block.input_layernorm(x), angles, mask, cache, i)
-        else:
-            # Under LAL the same tokens go to every layer, so their RMS is the same at every layer
-            # and only the norm's gain differs: normalise once, fold each gain into W_K and W_V.
-            if i == layers[0] or feed_forward:
-                unit = F.rms_norm(x, x.shape[-1:], eps=llm.config.rms_norm_eps)
-            gain = block.input_layernorm.weight
-            k, v = (attention.heads(F.linear(unit, proj.weight * gain, proj.bias))  # (B, N, K, d)
-                    for proj in (attention.k_proj, attention.v_proj))
-            cache.append(i, rotate(k, angles), v)
-        if feed_forward:
-            x = x + block.mlp(block.post_attention_layernorm(x))
-    return cache
+def pool(tokens, size):
+    """Average each `size` tokens of (n, De), and what is left over: (ceil(n / size), De)."""
+    pooled = F.avg_pool1d(tokens.T[None].float(), size, ceil_mode=True)
+    return pooled[0].T.to(tokens.dtype)
 
 
-def run(llm, segments, cache=None, layers=None, rope=True):
-    """Lay segments out in order and run what has to run, as one sequence unless they say otherwise.
-
-    segments: (how, tokens (B or 1, N, D), lengths (B,) or None) each, in order of position. how as
-    in `hear`; text is plits. Rows shorter than N say so in lengths: the rest is padding.
-    cache: where to write; without one, and with nothing to write, the sequence is plain causal.
-    layers, rope: of what goes the LAL way. Returns the hidden states (B, n, D) of all plits, in
-    order.
-    """
-    B = max(tokens.shape[0] for _, tokens, _ in segments)
-    plain = all(lengths is None for _, _, lengths in segments)
-    if cache is None and not (plain and all(how == "plits" for how, _, _ in segments)):
-        cache = KVCache(llm.config.num_hidden_layers)
-    start = cache.next if cache else 0
-    plain = plain and (cache is None or cache.plain)
-    waiting, hidden = [], []
-
-    def together(placed):  # tokens and positions, each as one tensor
-        return [reduce(join_rows, parts) for parts in zip(*placed)]
-
-    def run_waiting(in_order=False):
-        tokens, positions = together(waiting)
-        tokens = tokens.expand(B, -1, -1)
-        hidden.append(llm.model(tokens, None if in_order else positions, cache))
-        waiting.clear()
-
-    for how, neighbours in groupby(segments, lambda segment: segment[0]):
-        placed = []
-        for _, tokens, lengths in neighbours:
-            positions, start = place(start, tokens.shape[1], lengths)
-            placed.append((tokens, positions.to(tokens.device)))
-        if how == "plits":
-            waiting += placed
-            continue
-        if how == "attn" and waiting:  # what it attends to has to run first
-            run_waiting()
-        # goes into the cache at its own place in the layout, before what is still to run
-        tokens, positions = together(placed)
-        hear(llm, tokens, how, cache, layers if how == "lal" else None, positions, rope)
-    if waiting:
-        run_waiting(in_order=plain and len(waiting) == len(segments))
-    if cache:
-        cache.next, cache.plain = start, plain
-    return torch.cat(hidden, dim=1) if hidden else None
-
-
-def pal(llm, ids, prefix, side, before=None, layers=None):
-    """Logits (B, T, V) of text ids (B, T) that heard `prefix` the PLITS way and `side` the LAL way.
-
-    prefix, side: audio tokens (B, Na, D) in the LLM's width, or None; prefix comes first, so it
-    sees nothing of side. before (B or 1, Tb): ids in front of the audio, which they never see.
-    """
-    text = ("plits", llm.embed(ids), None)
-    front = [("plits", llm.embed(before), None)] if before is not None else []
-    audio = [(how, a, None) for how, a in (("plits", prefix), ("lal", side)) if a is not None]
-    return llm.head(run(llm, front + audio + [text], layers=layers)[:, -ids.shape[1]:])
-
-
-def plits(llm, ids, audio, before=None):
-    """Logits (B, T, V) of ids (B, T) after audio (B, Na, D) run through the LLM: the baseline."""
-    return pal(llm, ids, audio, None, before)
-
-
-def lal(llm, ids, audio, layers=None, before=None):
-    """Logits (B, T, V) of ids (B, T); audio (B, Na, D) is keys and values only, in `layers`."""
-    return pal(llm, ids, None, audio, before, layers)
-
-
-# ------------------------------------------------------------------------------- connectors
-
-def pool(tokens, window):
-    """Average each `window` tokens of (n, D), and what is left over: (ceil(n / window), D)."""
-    return F.avg_pool1d(tokens.T[None].float(), window, ceil_mode=True)[0].T.to(tokens.dtype)
-
-
-def two_layers(width, out, inner=None):
-    inner = inner or out
-    return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, out))
+def make_mlp(width, out, hidden=None):
+    hidden = hidden or out
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
 
 
 class MLPConnector(nn.Module):
-    """Linear, GELU, Linear from an encoder's width to the LLM's, after average pooling.
+    """Linear, GELU, Linear from an encoder's width to the LLM's: out = W_2 gelu(W_1 x + b_1) + b_2.
 
-    A connector takes lists of features (B, N, De) and their lengths (B,) or None, one for each of
-    its encoders, and gives tokens (B, N', D) and their lengths.
+    Every connector is made from a list of encoders, the LLM's width and an IntegrationConfig. It
+    takes lists of features (B, N, De) and their lengths (B,) or None, one for each of its encoders,
+    and gives tokens (B, N', D) and their lengths. A new one is a class like this, entered in
+    CONNECTORS; `joint` says that one connector takes all general encoders together.
     """
+    joint = False
 
-    def __init__(self, encoders, llm_width, arm):
+    def __init__(self, encoders, llm_width, config):
         super().__init__()
-        self.net = two_layers(encoders[0].width, llm_width)
+        self.net = make_mlp(encoders[0].width, llm_width)
 
     def forward(self, features, lengths):
         return self.net(features[0]), lengths[0]  # (B, N, De) -> (B, N, D)
 
 
-class Cross(nn.Module):
-    """A layer that listens: x + a W_o softmax(q k^T / sqrt(d)) v, then x + b MLP(LN x).
+class CrossAttentionBlock(nn.Module):
+    """x + W_o softmax(q k^T / sqrt(d)) v, then x + MLP(LayerNorm x): queries read other tokens.
 
-    q is of LN x (B, L, W); k and v are of several sources, each with its own weights, in one
-    softmax. a and b are 1, or if gated tanh of what is learnt from 0 on (Flamingo). The MLP is as
-    wide as x inside, Cambrian-1's; Flamingo's is four times as wide.
+    q is of LayerNorm x (B, L, W). k and v come from several sources, each with weights of its own,
+    in one joint softmax. The MLP is as wide as x inside, as in Cambrian-1.
     """
 
-    def __init__(self, width, sources, heads, gated=False):
+    def __init__(self, width, sources, heads, mlp_width=None):
         super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.kv = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(sources))
-        self.mlp = two_layers(width, width, 4 * width if gated else width)
-        self.gates = nn.Parameter(torch.zeros(2)) if gated else None
+        self.mlp = make_mlp(width, width, mlp_width or width)
 
-    def remember(self, sources):
+    def project_kv(self, sources):
         """k and v, each (B, S, H, d), of all sources (B, N, W), one after another."""
         kv = torch.cat([proj(source) for proj, source in zip(self.kv, sources)], dim=1)
         return kv.unflatten(2, (2, self.heads, -1)).unbind(2)
 
-    def forward(self, x, k, v, mask):
+    def attend(self, x, k, v, mask):
         q = self.q(self.norm1(x)).unflatten(2, (self.heads, -1))  # (B, L, H, d)
         y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), mask)
-        a, b = (1, 1) if self.gates is None else self.gates.tanh()
-        x = x + a * self.out(y.transpose(1, 2).flatten(2))
-        return x + b * self.mlp(self.norm2(x))  # (B, L, W)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, L, W)
+
+    def forward(self, x, k, v, mask):
+        x = x + self.attend(x, k, v, mask)
+        return x + self.mlp(self.norm2(x))
 
 
 class QFormer(nn.Module):
-    """Learned queries listen to an encoder, layer by layer, and become the tokens. It is BLIP-2's
-    without self-attention among the queries."""
+    """Querying transformer: learnt queries read an encoder's tokens, layer by layer, and become the
+    audio tokens. It is BLIP-2's without self-attention among the queries."""
+    joint = False
 
-    def __init__(self, encoders, llm_width, arm):
+    def __init__(self, encoders, llm_width, config):
         super().__init__()
         width = max(encoder.width for encoder in encoders)
-        self.queries = nn.Parameter(torch.randn(arm.queries, width) / math.sqrt(width))
-        self.enter = nn.ModuleList(
-            nn.Sequential(*two_layers(e.width, width), nn.LayerNorm(width)) for e in encoders)
+        self.queries = nn.Parameter(torch.randn(config.queries, width) / math.sqrt(width))
+        self.in_proj = nn.ModuleList(
+            nn.Sequential(*make_mlp(e.width, width), nn.LayerNorm(width)) for e in encoders)
         self.layers = nn.ModuleList(
-            Cross(width, len(encoders), max(1, width // 64)) for _ in range(arm.connector_layers))
-        self.out = two_layers(width, llm_width)
+            CrossAttentionBlock(width, len(encoders), max(1, width // 64))
+            for _ in range(config.connector_layers))
+        self.out = make_mlp(width, llm_width)
 
-    def listen(self, queries, features, mask):
-        sources = [enter(x) for enter, x in zip(self.enter, features)]  # (B, N, W) each
+    def read(self, queries, features, mask):
+        """Queries (L, W) read features, a list of (B, N, De), where the mask (B, 1, 1 or L, all N)
+        allows it -> (B, L, D)."""
+        sources = [proj(x) for proj, x in zip(self.in_proj, features)]  # (B, N, W) each
         x = queries.expand(len(mask), -1, -1)  # (B, L, W)
         for layer in self.layers:
-            x = layer(x, *layer.remember(sources), mask)
-        return self.out(x)  # (B, L, D)
+            x = layer(x, *layer.project_kv(sources), mask)
+        return self.out(x)
 
     def forward(self, features, lengths):
-        mask = there(features[0], lengths[0])[:, None, None]  # (B, 1, 1, N)
-        return self.listen(self.queries, features, mask), None
+        mask = valid_mask(features[0], lengths[0])[:, None, None]  # (B, 1, 1, N)
+        return self.read(self.queries, features, mask), None
 
 
 class LFST(QFormer):
-    """One latent token at each place of a time-frequency grid listens to what the encoders say of
-    that place alone; after the projector a newline token closes each time step.
+    """The paper's connector (figure 3), after Cambrian-1's spatial aggregator: one latent token at
+    each cell of a time-frequency grid reads what the encoders say of that cell alone; after the
+    projection a newline token closes each time step.
 
-    Paper, figure 3, after Cambrian-1. The grid is as long as the longest encoder's window; of a
-    shorter clip there are the time steps that begin before its features end.
+    The grid is as long as the longest encoder's window. Of a shorter clip it has the time steps
+    that begin before the clip's features end.
     """
+    joint = True
 
-    def __init__(self, encoders, llm_width, arm):
-        super().__init__(encoders, llm_width, replace(arm, queries=1))
-        self.shape = min(arm.grid_steps, *(e.grid[0] for e in encoders)), arm.grid_bands
+    def __init__(self, encoders, llm_width, config):
+        super().__init__(encoders, llm_width, replace(config, queries=1))
+        self.grid = min(config.grid_steps, *(e.grid[0] for e in encoders)), config.grid_bands
         longest = max(e.seconds for e in encoders)
-        self.spans = [(*e.grid, e.seconds / longest) for e in encoders]
+        self.encoder_grids = [(*e.grid, e.seconds / longest) for e in encoders]
         self.newline = nn.Parameter(torch.randn(llm_width) / math.sqrt(llm_width))
 
     def forward(self, features, lengths):
-        (T, bands), masks, ends = self.shape, [], []
-        for x, n, (steps, own, share) in zip(features, lengths, self.spans):
-            # (1 or B, steps of the longest): clips that are as long as each other share one mask
-            heard = there(x[:1] if n is None else x, n).unflatten(1, (-1, own))[..., 0]
-            time = near(T, steps, share, heard)
-            band = near(bands, own, 1, heard.new_ones(1, own))
-            mask = time[:, :, None, :, None] & band[:, None, :, None]  # (., T, bands, steps, own)
-            masks.append(mask.flatten(3).flatten(1, 2).expand(len(x), -1, -1))
-            ends.append((T * heard.sum(1) / steps * share).ceil().expand(len(x)))  # (B,)
-        latents, mask = self.queries.expand(T * bands, -1), torch.cat(masks, dim=2)[:, None]
-        x = self.listen(latents, features, mask).unflatten(1, (T, bands))  # (B, T, bands, D)
-        x = torch.cat([x, self.newline.expand(len(x), T, 1, -1)], dim=2)
-        kept = torch.stack(ends).amax(0).long()  # (B,) time steps
-        x = x[:, :kept.max()].flatten(1, 2)  # (B, (bands + 1) kept, D)
-        return x, (bands + 1) * kept if (kept < kept.max()).any() else None
+        (steps, bands), masks, ends = self.grid, [], []
+        for x, n, (own_steps, own_bands, share) in zip(features, lengths, self.encoder_grids):
+            # which of the encoder's time steps have sound; clips of one length share one mask
+            valid = valid_mask(x[:1] if n is None else x, n).unflatten(1, (-1, own_bands))[..., 0]
+            time = nearest_parts(steps, own_steps, share, valid)  # (1 or B, steps, n)
+            band = nearest_parts(bands, own_bands, 1, valid.new_ones(1, own_bands))
+            mask = time[:, :, None, :, None] & band[:, None, :, None]  # (., steps, bands, n, own)
+            masks.append(mask.flatten(3).flatten(1, 2).expand(len(x), -1, -1))  # (B, cells, N)
+            ends.append((steps * valid.sum(1) / own_steps * share).ceil().expand(len(x)))  # (B,)
+        latents = self.queries.expand(steps * bands, -1)
+        x = self.read(latents, features, torch.cat(masks, dim=2)[:, None])  # (B, cells, D)
+        x = x.unflatten(1, (steps, bands))
+        x = torch.cat([x, self.newline.expand(len(x), steps, 1, -1)], dim=2)
+        steps = torch.stack(ends).amax(0).long()  # (B,): the time steps of each clip
+        x = x[:, :steps.max()].flatten(1, 2)  # (B, (bands + 1) steps, D)
+        return x, (bands + 1) * steps if (steps < steps.max()).any() else None
 
 
-def there(x, lengths):
-    """(B, N) bool: which of x (B, N, D) is no padding."""
-    return (place(0, x.shape[1], lengths)[0] < FAR).to(x.device).expand(len(x), -1)
+CONNECTORS = {"mlp": MLPConnector, "qformer": QFormer, "lfst": LFST}
 
 
-def near(places, count, share, heard):
-    """(B, places, n) bool: the places are equal parts of 0..1, and which of the centres of `count`
-    equal parts of 0..share, if heard (B, n), lie in each; where none does, the nearest."""
-    centres = (torch.arange(heard.shape[1], dtype=torch.float64) + 0.5) / count * share
-    edges = torch.arange(places + 1, dtype=torch.float64)[:, None] / places
-    inside = (edges[:-1] <= centres) & (centres < edges[1:])
-    far = ((edges[:-1] + edges[1:]) / 2 - centres).abs().to(heard.device)
-    nearest = far.where(heard[:, None], torch.inf).argmin(-1)
-    inside = inside.to(heard.device) & heard[:, None]
-    return inside.where(inside.any(-1, keepdim=True), F.one_hot(nearest, len(centres)).bool())
+def plan_connectors(encoders, name):
+    """{connector's name in the model: (class, [kinds of its encoders])}; name: see CONNECTORS."""
+    general = [kind for kind, encoder in encoders.items() if encoder.general]
+    if name == "auto":
+        name = "lfst" if len(general) == 2 else "mlp"
+    if name not in CONNECTORS:
+        raise ValueError(f"connector {name}: choose auto, {', '.join(CONNECTORS)}")
+    if not CONNECTORS[name].joint:
+        return {kind: (CONNECTORS[name], [kind]) for kind in encoders}
+    if not general:
+        raise ValueError(f"connector {name}: needs sslam or clap, and there is neither")
+    plan = {kind: (MLPConnector, [kind]) for kind in encoders if kind not in general}
+    return plan | {name: (CONNECTORS[name], general)}
 
 
-# ----------------------------------------------------------------------------- the whole thing
+def pad_batch(rows, device=None):
+    """Rows (n_i, ...) as one (B, N, ...), padded with zeros; their lengths (B,), None if equal."""
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    equal = len({len(row) for row in rows}) == 1
+    batch = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    return batch, None if equal else lengths
+
+
+def valid_mask(x, lengths):
+    """(B, N) bool: which tokens of x (B, N, ...) are not padding."""
+    positions, _ = make_positions(0, x.shape[1], lengths)
+    return (positions < PAD_POSITION).to(x.device).expand(len(x), -1)
+
+
+def nearest_parts(cells, count, share, valid):
+    """(B, cells, n) bool: which parts of an encoder's axis belong to each cell of a grid's axis.
+
+    The axis, 0 to 1, has `cells` equal cells. The encoder covers 0 to `share` of it in `count`
+    equal parts; those in `valid` (B, n) have sound. To a cell belong the parts whose centres lie in
+    it; if there is none, the nearest.
+    """
+    n = valid.shape[1]
+    centres = (torch.arange(n, dtype=torch.float64) + 0.5) / count * share
+    edges = torch.arange(cells + 1, dtype=torch.float64)[:, None] / cells
+    inside = (edges[:-1] <= centres) & (centres < edges[1:])  # (cells, n)
+    distance = ((edges[:-1] + edges[1:]) / 2 - centres).abs().to(valid.device)
+    nearest = distance.where(valid[:, None], torch.inf).argmin(-1)  # (B, cells)
+    inside = inside.to(valid.device) & valid[:, None]
+    return inside.where(inside.any(-1, keepdim=True), F.one_hot(nearest, n).bool())
+
+
+# ------------------------------------------------------------------------------- the whole model
+
+CHECKPOINT_FORMAT = "audio-llm 2"
+
 
 class AudioLLM(nn.Module):
-    """Frozen encoders, their connectors, the LLM, and a route for each encoder.
+    """Encoders, their connectors, the LLM, and a route for each encoder.
 
-    encoders: {kind: module from encoders.py}. mode: one of MODES. arm: the finer choices.
-    windows: {kind: how many encoder tokens are averaged into one}; LFST takes them one by one.
+    encoders: {kind: module of encoders.py}. mode: a name of MODES. An encoder is frozen unless
+    its `frozen` is False. ValueError for a mode, connector or layers that do not exist.
     """
 
-    def __init__(self, llm, tokenizer, encoders, mode, windows, arm=Arm()):
+    def __init__(self, llm, tokenizer, encoders, mode, config=IntegrationConfig()):
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
-        self.llm, self.tokenizer, self.mode, self.arm = llm, tokenizer, mode, arm
+        self.llm, self.tokenizer = llm, tokenizer
+        self.mode, self.config = mode, config
         self.encoders = nn.ModuleDict({k: encoders[k] for k in ENCODERS if k in encoders})
-        general = [kind for kind in self.encoders if kind != "whisper"]
-        if arm.connector == "lfst" and not general:
-            raise ValueError("connector lfst: needs sslam or clap, and there is neither")
-        if not (arm.connector == "lfst" or arm.connector == "auto" and len(general) == 2):
-            general = []  # each has its own connector; else LFST joins them
-        self.windows = dict(windows) | dict.fromkeys(general, 1)
-        own = QFormer if arm.connector == "qformer" else MLPConnector
-        parts = {kind: (own, [kind]) for kind in self.encoders if kind not in general}
-        parts |= {"lfst": (LFST, general)} if general else {}
-        self.joins = {name: kinds for name, (_, kinds) in parts.items()}
+        self.routes = mode_routes(mode, self.encoders)
+        plan = plan_connectors(self.encoders, config.connector)
+        self.connector_inputs = {name: kinds for name, (_, kinds) in plan.items()}
         self.connectors = nn.ModuleDict({
-            name: kind([encoders[k] for k in kinds], llm.config.hidden_size, arm)
-            for name, (kind, kinds) in parts.items()})
-        self.routes = ROUTES.get(mode, dict.fromkeys(ENCODERS, mode))
-        self.layers = pick_layers(arm.lal_layers, llm.config.num_hidden_layers)
-        if (self.layers or arm.audio_rope == "off") and "lal" not in map(self.routes.get, encoders):
-            raise ValueError(f"lal-layers, audio-rope: in mode {mode} nothing here goes LAL's way")
-        self.cache_layers = llm.config.num_hidden_layers
-        if mode == "flamingo":
-            self.add_flamingo(llm.config)
-        self.encoders.requires_grad_(False)
+            name: connector([encoders[kind] for kind in kinds], llm.config.hidden_size, config)
+            for name, (connector, kinds) in plan.items()})
+        # a joint connector reads the encoders' tokens one by one
+        self.pool_sizes = {kind: 1 if connector.joint else encoders[kind].pool_size
+                           for connector, kinds in plan.values() for kind in kinds}
+        layers = parse_layers(config.lal_layers, llm.config.num_hidden_layers)
+        rotate_keys = config.audio_rope == "on"
+        if (layers or not rotate_keys) and "lal" not in self.routes.values():
+            raise ValueError(f"lal-layers, audio-rope: in mode {mode} nothing goes LAL's way")
+        self.write = partial(hear, layers=layers, rotate_keys=rotate_keys)
+        if MODES[mode]:
+            MODES[mode](self)
+        for encoder in self.encoders.values():
+            encoder.requires_grad_(not encoder.frozen)
         self.train(self.training)
-
-    def add_flamingo(self, c):
-        """Gated layers before the LLM's. What they hear lies in the KV cache, as of layers beyond
-        the LLM's last: heard once, asked many times."""
-        self.connectors["flamingo"] = nn.ModuleList()
-        for i in range(0, c.num_hidden_layers, self.arm.flamingo_every):
-            cross = Cross(c.hidden_size, 1, c.num_attention_heads, gated=True)
-            self.connectors["flamingo"].append(cross)
-            self.llm.model.layers[i].register_forward_pre_hook(
-                partial(listen_first, cross, self.cache_layers))
-            self.cache_layers += 1
 
     def train(self, mode=True):
         super().train(mode)
-        self.encoders.eval()  # frozen means frozen
+        for encoder in self.encoders.values():
+            encoder.train(mode and not encoder.frozen)
         return self
-
-    def is_elsewhere(self, name):
-        """Whether this parameter belongs to an encoder that came from a file of its own."""
-        return any(encoder.source and name.startswith(f"encoders.{kind}.")
-                   for kind, encoder in self.encoders.items())
 
     @property
     def device(self):
         return self.llm.model.embed_tokens.weight.device
 
-    def features(self, clips):
-        """What the frozen encoders make of some clips, pooled: a list of {kind: (n, De)}.
+    def is_external(self, name):
+        """Whether this parameter's values are, and stay, those of an encoder's own file."""
+        return any(e.checkpoint_path and e.frozen and name.startswith(f"encoders.{kind}.")
+                   for kind, e in self.encoders.items())
 
-        Compute it once, keep it, train on it many times. clips: functions rate -> (samples,).
-        Tokens that lie wholly after a clip's end are left out, and so is SSLAM's cls.
-        """
-        return [{kind: tokens.cpu() for kind, tokens in encoded.items()}
-                for encoded in self.encode([self.fronts(clip) for clip in clips])]
-
-    def fronts(self, clip):
-        """The half of `features` that a data worker does, on the CPU, for one clip: {kind: (what
-        its front end makes, the clip's length in seconds)}."""
+    def spectrograms(self, clip):
+        """What a data worker does for one clip, on the CPU: {kind: (its spectrogram, the clip's
+        length in seconds)}. clip: a function rate -> (samples,)."""
         waves = {rate: clip(rate) for rate in {e.rate for e in self.encoders.values()}}
-        out = {}
+        spectrograms = {}
         for kind, encoder in self.encoders.items():
             wave = waves[encoder.rate][:math.ceil(encoder.seconds * encoder.rate)]
-            out[kind] = encoder.front_end(wave[None]), len(wave) / encoder.rate
-        return out
+            spectrograms[kind] = encoder.front_end(wave[None]), len(wave) / encoder.rate
+        return spectrograms
+
+    def encode(self, spectrograms):
+        """Features of a batch of clips, on the model's device: a list of {kind: (n, De)}.
+
+        spectrograms: a list of what `spectrograms` gives. Encoder tokens are pooled; those wholly
+        after a clip's end, and SSLAM's cls token, are left out.
+        """
+        features, dtype = [{} for _ in spectrograms], self.llm.model.embed_tokens.weight.dtype
+        for kind, encoder in self.encoders.items():
+            batch = torch.cat([clip[kind][0] for clip in spectrograms]).to(self.device)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
+                encoded = encoder(batch)  # (B, N, De)
+            for clip_features, clip, tokens in zip(features, spectrograms, encoded):
+                tokens = tokens[encoder.num_prefix_tokens:encoder.num_tokens(clip[kind][1])]
+                clip_features[kind] = pool(tokens, self.pool_sizes[kind]).to(dtype)
+        return features
 
     @torch.no_grad()
-    def encode(self, fronts):
-        """The other half, for a batch of clips and on the model's device."""
-        out = [{} for _ in fronts]
-        for kind, encoder in self.encoders.items():
-            batch = torch.cat([f[kind][0] for f in fronts]).to(self.device)
-            for features, f, tokens in zip(out, fronts, encoder(batch)):
-                heard = tokens[encoder.extra:encoder.tokens(f[kind][1])]
-                features[kind] = pool(heard, self.windows[kind]).float()
-        return out
+    def features(self, clips):
+        """Features of clips, on the CPU: a list of {kind: (n, De)}. Those of frozen encoders can be
+        computed once and trained on many times. clips: functions rate -> (samples,)."""
+        encoded = self.encode([self.spectrograms(clip) for clip in clips])
+        return [{kind: x.cpu() for kind, x in features.items()} for features in encoded]
 
     def segments(self, features):
-        """The start of a chat and the audio of a batch, as `run` takes them. features: see above;
-        without any, [{}], this is the LLM alone."""
+        """The beginning of a chat and the audio of a batch, as `prefill` takes them. features: as
+        `encode` gives them; without any, [{}], this is the LLM alone."""
         before = torch.tensor([self.tokenizer.chat("")[0]], device=self.device)
-        out = [("plits", self.llm.embed(before), None)]
-        for name, kinds in self.joins.items() if any(features) else ():
-            stacks = [stack([f[kind] for f in features], self.device) for kind in kinds]
-            out.append((self.routes[kinds[0]], *self.connectors[name](*zip(*stacks))))
-        return out
+        segments = [Segment("plits", self.llm.embed(before))]
+        for name, kinds in self.connector_inputs.items() if any(features) else ():
+            batches = [pad_batch([f[kind] for f in features], self.device) for kind in kinds]
+            tokens, lengths = self.connectors[name](*zip(*batches))
+            segments.append(Segment(self.routes[kinds[0]], tokens, lengths))
+        return segments
 
-    def read(self, features, text=(), cache=None):
-        """`run` what a batch of clips and the text after them come to."""
-        before, *audio = self.segments(features)
-        if self.mode == "flamingo" and audio:  # it takes no place in the layout
-            cache = cache or KVCache(self.cache_layers)
-            layers = range(self.llm.config.num_hidden_layers, self.cache_layers)
-            cache.extend(torch.cat([there(x, n) for _, x, n in audio], dim=1), layers)
-            for i, cross in zip(layers, self.connectors["flamingo"]):
-                cache.append(i, *cross.remember([torch.cat([x for _, x, _ in audio], dim=1)]))
-            audio = []
-        rope = self.arm.audio_rope == "on"
-        return run(self.llm, [before, *audio, *text], cache, self.layers, rope)
-
-    def forward(self, features, ids, rows=None):
+    def forward(self, features, ids, clip_index=None):
         """Hidden states (B, T, D) of text ids (B, T), padded at the end, after a batch of clips.
 
-        Row i is about clip rows[i], which is heard once for all its rows; without rows there is
-        one row a clip, and all that runs does so as one sequence.
+        Row i is about clip clip_index[i], which is heard once for all its rows; without clip_index
+        there is one row for each clip.
         """
-        text = ("plits", self.llm.embed(ids), None)
-        if rows is None:
-            return self.read(features, [text])[:, -ids.shape[1]:]
-        cache = KVCache(self.cache_layers)
-        self.read(features, cache=cache)
-        return run(self.llm, [text], cache.fork(rows, ids.shape[1]))
+        segments, text = self.segments(features), Segment("plits", self.llm.embed(ids))
+        cache = KVCache(self.llm.config.num_hidden_layers)
+        if clip_index is None:
+            segments.append(text)
+        else:
+            prefill(self.llm, segments, cache, self.write)
+            segments, cache = [text], cache.fork(clip_index, ids.shape[1])
+        hidden = prefill(self.llm, segments, cache, self.write)
+        return hidden[:, -ids.shape[1]:]
 
     @torch.no_grad()
     def hear(self, features):
-        """Hear a batch of clips once; ask about them many times. Returns a KVCache."""
-        cache = KVCache(self.cache_layers)
-        self.read(features, cache=cache)
+        """Hear a batch of clips once, to ask about them many times. Returns a KVCache."""
+        cache = KVCache(self.llm.config.num_hidden_layers)
+        prefill(self.llm, self.segments(features), cache, self.write)
         return cache
 
-    def ask(self, cache, questions, rows=None, max_new_tokens=48, **sampling):
-        """Answers (strings) to questions about what `hear` heard; question i is about clip rows[i].
-
-        Without rows there is one question a clip. The rest as in LLM.generate.
-        """
-        prompts = [self.tokenizer.chat(q)[1] for q in questions]
-        new = self.llm.generate(prompts, max_new_tokens, cache=cache, rows=rows,
+    def ask(self, cache, questions, clip_index=None, max_new_tokens=48, **sampling):
+        """Answers (strings) to questions about what `hear` heard; question i is about clip
+        clip_index[i], without clip_index about clip i. The rest as in LLM.generate."""
+        prompts = [self.tokenizer.chat(question)[1] for question in questions]
+        new = self.llm.generate(prompts, max_new_tokens, cache=cache, clip_index=clip_index,
                                 eos_id=self.tokenizer.eos_id, **sampling)
         return [self.tokenizer.decode(ids).strip() for ids in new]
 
     def save(self, path, **extra):
         """Write everything to one file, tensors and plain types only; `extra` is kept beside it.
 
-        Of an encoder that came from a file of its own, only where that file lay is kept.
+        Of a frozen encoder that came from a file of its own only that file's path is kept.
         """
-        state = {name: t for name, t in self.state_dict().items() if not self.is_elsewhere(name)}
+        state = {name: t for name, t in self.state_dict().items() if not self.is_external(name)}
+        encoders = {kind: {"config": asdict(e.config), "pool_size": e.pool_size,
+                           "frozen": e.frozen, "checkpoint_path": e.checkpoint_path}
+                    for kind, e in self.encoders.items()}
         save_atomically(path, {
-            "format": FORMAT, "mode": self.mode, "arm": asdict(self.arm), "windows": self.windows,
-            "llm": asdict(self.llm.config), "tokenizer": to_bytes(self.tokenizer.proto),
-            "encoders": {kind: asdict(e.config) for kind, e in self.encoders.items()},
-            "sources": {kind: e.source for kind, e in self.encoders.items()},
-            "state": state, **extra})
+            "format": CHECKPOINT_FORMAT, "mode": self.mode, "config": asdict(self.config),
+            "llm": asdict(self.llm.config), "tokenizer": bytes_to_tensor(self.tokenizer.serialized),
+            "encoders": encoders, "state": state, **extra})
 
     @classmethod
-    def load(cls, path, sources=None):
-        """The AudioLLM that `save` wrote, in eval mode. ValueError if the file is not one.
+    def load(cls, path, checkpoint_paths=None):
+        """The AudioLLM that `save` wrote, in eval mode. ValueError, one line, if it is not one.
 
-        sources: {kind: path} of encoders' own files that have moved since.
+        checkpoint_paths: {kind: path} of encoders' own files that have moved since.
         """
-        saved, encoders = load_checkpoint(path, FORMAT), {}
+        saved, encoders = load_checkpoint(path, CHECKPOINT_FORMAT), {}
         try:
-            for kind, config in saved["encoders"].items():
-                config, source = ENCODERS[kind].Config(**config), saved["sources"][kind]
-                source = source and ((sources or {}).get(kind) or source)
-                new = load_encoder(kind, source) if source else ENCODERS[kind](config)
-                encoders[kind] = new
-                if new.config != config:
+            for kind, about in saved["encoders"].items():
+                config = ENCODERS[kind].Config(**about["config"])
+                source = about["checkpoint_path"]
+                source = source and (checkpoint_paths or {}).get(kind, source)
+                encoders[kind] = load_encoder(kind, source) if source else ENCODERS[kind](config)
+                if encoders[kind].config != config:
                     raise ValueError(f"{path}: was trained with another {kind}: {config}")
+                encoders[kind].pool_size = about["pool_size"]
+                encoders[kind].frozen = about["frozen"]
             with torch.device("meta"):  # no memory for weights that are about to be replaced
                 llm = LLM(LLMConfig(**saved["llm"]))
-            model = cls(llm, read_tokenizer(from_bytes(saved["tokenizer"])), encoders,
-                        saved["mode"], saved["windows"], Arm(**saved["arm"]))
-            model.fill(path, saved)
-        except (KeyError, TypeError, RuntimeError) as e:
-            reason = " ".join(str(e).split())
+            tokenizer = tokenizer_from_bytes(tensor_to_bytes(saved["tokenizer"]))
+            config = IntegrationConfig(**saved["config"])
+            model = cls(llm, tokenizer, encoders, saved["mode"], config)
+            model.load_checkpoint_state(path, saved)
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
             raise ValueError(f"{path}: made by another version of this code ({reason})") from None
         return model.eval()
 
-    def fill(self, path, saved):
-        """Take the weights out of a checkpoint of this very model. ValueError if of another."""
-        mine = {"mode": self.mode, **asdict(self.arm)}
-        theirs = {"mode": saved["mode"], **saved["arm"]}
+    def load_checkpoint_state(self, path, saved):
+        """Take the weights from a checkpoint of this very model. ValueError if it is of another."""
+        mine = {"mode": self.mode, **asdict(self.config)}
+        theirs = {"mode": saved["mode"], **asdict(IntegrationConfig(**saved["config"]))}
         if mine != theirs:
-            differs = [f"{name} {theirs.get(name)}, not {mine.get(name)}"
-                       for name in mine | theirs if theirs.get(name) != mine.get(name)]
-            raise ValueError(f"{path}: was trained with {'; '.join(differs)}")
-        state = {name: t.float() if t.dtype == torch.float16 else t  # half() saves half the room
-                 for name, t in saved.pop("state").items()}
-        try:
-            unread = self.load_state_dict(state, strict=False, assign=True)
-        except RuntimeError as e:
-            raise ValueError(f"{path}: of another model ({' '.join(str(e).split())})") from None
-        missing = [name for name in unread.missing_keys if not self.is_elsewhere(name)]
-        if missing or unread.unexpected_keys:
-            raise ValueError(f"{path}: of another model: missing {missing}, surprising "
-                             f"{unread.unexpected_keys}")
+            differences = [f"{name} {theirs[name]}, not {mine[name]}" for name in mine
+                           if theirs[name] != mine[name]]
+            raise ValueError(f"{path}: was trained with {'; '.join(differences)}")
+        external = {name: t for name, t in self.state_dict().items() if self.is_external(name)}
+        load_weights(self, saved.pop("state") | external, f"{path}: of another model",
+                     torch.float32)
 
 
-def listen_first(cross, layer, block, args):
-    """Flamingo's hook: what a block of the LLM reads has listened, if there is audio."""
-    x, _, _, cache, _ = args
-    if cache is None or layer >= len(cache.positions) or cache.positions[layer] is None:
-        return args
-    heard = cache.positions[layer]  # (B, S): whether it is more than padding
-    k, v = (store[layer][:, :heard.shape[1]] for store in (cache.keys, cache.values))
-    return cross(x, k, v, heard[:, None, None]), *args[1:]
-
-
-FORMAT = "audio-llm 1"
-
-
-def stack(rows, device=None):
-    """Rows (n_i, D) as one (B, N, D), padded with zeros, and their lengths (B,), None if equal."""
-    lengths = torch.tensor([len(r) for r in rows], device=device)
-    same = len({len(r) for r in rows}) == 1
-    whole = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-    return whole, None if same else lengths
-
-
-def to_bytes(data):
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a checkpoint holds tensors
-
-
-def from_bytes(tensor):
-    return tensor.numpy().tobytes()
-
-
-def save_atomically(path, what, write=torch.save):
-    """write(what, file) under a temporary name, then rename: `path` is always whole, old or new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(what, file)
-            file.flush()
-            os.fsync(file.fileno())  # or the name could outlive the contents in a power cut
-        os.replace(temporary, path)
-    except RuntimeError as e:  # torch's, who on a full disk complains of a file cut short
-        e = e.__context__ or e
-        raise OSError(e.errno, e.strerror, str(path)) if isinstance(e, OSError) else e
-    finally:
-        temporary.unlink(missing_ok=True)  # on a full disk it would take what room there is
-
-
-def load_checkpoint(path, format):
-    """A dict that save_atomically wrote, with this "format". ValueError says what is wrong."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        raise ValueError(f"{path}: cut off, or not a checkpoint of this project") from None
-    if not isinstance(saved, dict) or saved.get("format") != format:
-        raise ValueError(f"{path}: not a checkpoint of the kind {format!r}")
-    return saved
+import lib.variants  # noqa: E402, F401 - at the end, as it builds on this file: adds to MODES

@@ -1,4 +1,5 @@
-"""What the rooms share: parts that have learnt next to nothing, made once, and a way to call."""
+"""What all tests share: a base and a checkpoint that have learnt next to nothing, made once, and a
+way to run a program."""
 import io
 import os
 import sys
@@ -7,53 +8,60 @@ from functools import partialmethod
 import pytest
 import torch
 
-import train
+from data import pretrain
 from integrate import AudioLLM
-from sample import command_line
+from lib.cli import command_line
 
 torch.set_num_threads(1)  # sums of this size end sooner where no thread waits for another
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """A file like assets/base.pt, made the way it was made, but in no time."""
+    """The path of a file like assets/base.pt, made the way it was made, but in no time."""
     path = tmp_path_factory.mktemp("base") / "base.pt"
-    train.prepare(train.Options(base=str(path), read_steps=1, hear_clips=2, hear_steps=1))
+    pretrain.pretrain(pretrain.Options(str(path), llm_steps=1, encoder_clips=2, encoder_steps=1))
     return path
 
 
 @pytest.fixture(scope="session")
 def checkpoint(base):
+    """The path of a checkpoint of an AudioLLM in mode PAL."""
     torch.manual_seed(0)
     path = base.with_name("model.pt")
-    train.load_base(base, "pal", train.WINDOWS).save(path)
+    pretrain.load_base(base, "pal").save(path)
     return path
 
 
 @pytest.fixture
 def brief(monkeypatch):
-    """Answers of at most five tokens: who has learnt nothing never stops talking."""
+    """Answers of at most five tokens: a model that has learnt nothing never stops by itself."""
     monkeypatch.setattr(AudioLLM, "ask", partialmethod(AudioLLM.ask, max_new_tokens=5))
+
+
+def program_file(program):
+    """data.pretrain -> pretrain.py, as argparse names it in its messages."""
+    return program.__name__.split(".")[-1] + ".py"
 
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
     """call(train, "--mode", "lal") runs a program in an empty folder: (exit code, stdout, stderr).
 
-    An exception that would end it with a traceback comes through, and fails the test.
+    A program is a module with Options, main and a docstring. An exception that would end it with a
+    traceback comes through, and fails the test.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # nobody cuts the power here
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # no test cuts the power
 
     def run(program, *options, stdin=""):
-        monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, options)])
+        monkeypatch.setattr(sys, "argv", [program_file(program), *map(str, options)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capsys.readouterr()
         try:
             command_line(program.Options, program.__doc__, program.main)
             code = 0
-        except SystemExit as end:
-            code = end.code
+        except SystemExit as exit:
+            code = exit.code
         return code, *capsys.readouterr()
 
     return run
@@ -62,12 +70,12 @@ def call(monkeypatch, capsys, tmp_path):
 @pytest.fixture
 def refuses(call):
     """refuses(["a", "word"], train, "--mode", "x"): exit code 2, one line with all the words."""
-    def check(words, *command, **kwargs):
-        code, _, stderr = call(*command, **kwargs)
-        name = command[0].__name__ + ".py: "
+    def check(words, program, *options, **kwargs):
+        code, _, stderr = call(program, *options, **kwargs)
+        prefix = program_file(program) + ": "
         lines = [line for line in stderr.splitlines() if line.strip()]
-        assert code == 2 and [line.startswith(name) for line in lines].count(True) == 1, stderr
-        assert lines[-1].startswith(name) and all(word in lines[-1] for word in words), stderr
+        assert code == 2 and [line.startswith(prefix) for line in lines].count(True) == 1, stderr
+        assert lines[-1].startswith(prefix) and all(word in lines[-1] for word in words), stderr
         return lines
 
     return check

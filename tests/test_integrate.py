@@ -1,16 +1,20 @@
 """The facts that define PLITS, LAL and PAL, on the real classes, equalities in float64."""
 import math
 from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import integrate
+import model as model_module
 from encoders import CLAP, SSLAM, CLAPConfig, SSLAMConfig, Whisper, WhisperConfig
-from integrate import (LFST, MODES, ROUTES, Arm, AudioLLM, Cross, QFormer, hear, lal, pal,
-                       pick_layers, plits, pool, run)
-from model import KVCache, train_tokenizer
+from integrate import (LFST, MODES, AudioLLM, IntegrationConfig, QFormer, Segment, hear, lal, pal,
+                       parse_layers, plits, pool, prefill)
+from lib.tokenizers import train_tokenizer
+from lib.variants import write_attention_only, write_feed_forward_only
+from model import PAD_POSITION, Attention, CausalBias, KVCache, position_mask
 from test_model import make
 
 SEEDS = range(3)
@@ -26,12 +30,22 @@ def same(a, b, atol=1e-12):
     return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=atol)
 
 
+# The routes of a speech encoder and of a general one in the modes that have no layers of their own,
+# and what writes audio in these modes
+ROUTES = {"plits": ("plits", "plits"), "lal": ("lal", "lal"), "pal": ("plits", "lal"),
+          "attn": ("attn", "attn"), "ffn": ("ffn", "ffn")}
+WRITE = {"attn": write_attention_only, "ffn": write_feed_forward_only}
+
+
+def audio_segments(mode, first, second, lengths=(None, None)):
+    return [Segment(*segment) for segment in zip(ROUTES[mode], (first, second), lengths)]
+
+
 def in_mode(mode, llm, ids, first, second, before=None):
     """Logits of ids after two encoders' tokens, routed as the mode routes whisper and sslam."""
-    routes = list(ROUTES[mode].values())[:2]
-    audio = [(how, a, None) for how, a in zip(routes, (first, second))]
-    front = [] if before is None else [("plits", llm.embed(before), None)]
-    hidden = run(llm, front + audio + [("plits", llm.embed(ids), None)])
+    front = [] if before is None else [Segment("plits", llm.embed(before))]
+    segments = front + audio_segments(mode, first, second) + [Segment("plits", llm.embed(ids))]
+    hidden = prefill(llm, segments, write=WRITE.get(mode, hear))
     return llm.head(hidden[:, -ids.shape[1]:])
 
 
@@ -64,8 +78,8 @@ def test_pal_with_nothing_on_one_side_is_the_other_mode(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_hearing_into_a_cache_first_gives_what_one_pass_gives(seed):
     llm, ids, a = setting(seed)
-    for how, mode in (("plits", plits), ("lal", lal)):
-        assert same(llm(ids, cache=hear(llm, a, how)), mode(llm, ids, a))
+    for route, logits in (("plits", plits), ("lal", lal)):
+        assert same(llm(ids, cache=hear(llm, a, route)), logits(llm, ids, a))
     cache = hear(llm, a[:, 4:], "lal", hear(llm, a[:, :4], "plits"))
     assert same(llm(ids, cache=cache), pal(llm, ids, a[:, :4], a[:, 4:]))
 
@@ -76,21 +90,22 @@ def test_lal_keys_and_values_are_those_of_each_layers_own_norm_and_weights(seed)
     cache = hear(llm, a, "lal")
     for i, block in enumerate(llm.model.layers):
         x = block.input_layernorm(a)
-        assert same(cache.values[i], block.self_attn.heads(block.self_attn.v_proj(x)))
-        k = block.self_attn.heads(block.self_attn.k_proj(x))
+        assert same(cache.values[i], block.self_attn.split_heads(block.self_attn.v_proj(x)))
+        k = block.self_attn.split_heads(block.self_attn.k_proj(x))
         assert same(cache.keys[i][:, 0], k[:, 0])  # position 0 is not turned
         assert same(cache.keys[i].norm(dim=-1), k.norm(dim=-1))
         assert not same(cache.keys[i][:, 1:], k[:, 1:], 1e-2)
 
 
-@pytest.mark.parametrize("mode, seen", [("plits", T + N), ("lal", T), ("pal", T + 4), ("attn", T)])
-def test_which_tokens_a_feed_forward_module_sees(mode, seen):
+@pytest.mark.parametrize("mode, counts", [
+    ("plits", [T + N]), ("lal", [T]), ("pal", [4, T]), ("attn", [T]), ("ffn", [N, T])])
+def test_which_tokens_a_feed_forward_module_sees(mode, counts):
     llm, ids, a = setting(0)
-    counts = []
+    seen = []
     for block in llm.model.layers:
-        block.mlp.register_forward_hook(lambda m, x, y: counts.append(y.shape[1]))
+        block.mlp.register_forward_hook(lambda m, x, y: seen.append(y.shape[1]))
     in_mode(mode, llm, ids, a[:, :4], a[:, 4:])
-    assert max(counts) == min(counts) == seen
+    assert seen == [n for n in counts for _ in llm.model.layers]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -98,72 +113,42 @@ def test_which_tokens_a_feed_forward_module_sees(mode, seen):
 def test_the_first_text_token_attends_to_the_last_audio_token_and_text_before_to_none(mode, seed):
     llm, ids, a = setting(seed)
     a.requires_grad_()
-    front = ("plits", llm.embed(torch.tensor([[1, 2]])), None)
-    audio = [(how, x, None) for how, x in zip(ROUTES[mode].values(), (a[:, :4], a[:, 4:]))]
-    hidden = run(llm, [front, *audio, ("plits", llm.embed(ids), None)])
+    segments = [Segment("plits", llm.embed(torch.tensor([[1, 2]]))),
+                *audio_segments(mode, a[:, :4], a[:, 4:]), Segment("plits", llm.embed(ids))]
+    cache = KVCache(3)
+    hidden = prefill(llm, segments, cache, WRITE.get(mode, hear))
     grad, = torch.autograd.grad(hidden[:, -T].sum(), a, retain_graph=True)
     assert (grad.abs().amax(dim=-1) > 1e-6).all()  # every audio token, the last one too
-    grad, = torch.autograd.grad(hidden[:, :2].sum(), a)
-    assert grad.abs().max() == 0
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_attn_and_ffn_are_the_two_halves_between_plits_and_lal(seed):
-    """Where feed-forward adds nothing attn writes what PLITS writes, and ffn what LAL writes; where
-    attention adds nothing it is the other way round."""
-    hows = ("plits", "attn", "ffn", "lal")
-    for part, pairs in (("mlp.down_proj", {("plits", "attn"), ("ffn", "lal")}), ("none", set()),
-                        ("self_attn.o_proj", {("plits", "ffn"), ("attn", "lal")})):
-        llm, ids, a = setting(seed)
-        for name, p in llm.named_parameters():
-            if part in name:
-                p.data.zero_()
-        wrote = {}
-        for how in hows:
-            cache = KVCache(3)
-            run(llm, [("plits", llm.embed(ids), None), (how, a[:, :4], None),
-                      (how, a[:, 4:], torch.tensor([5, 3]))], cache)
-            order = cache.positions[0].argsort()[:, :T + 7]  # the longer row, the shorter's padding
-            wrote[how] = torch.stack([torch.stack([x[r, order[r]] for r in range(2)])[:, :T + 7]
-                                      for x in cache.keys + cache.values])
-        for i, one in enumerate(hows):
-            for other in hows[i + 1:]:
-                alike = (one, other) in pairs
-                assert same(wrote[one], wrote[other], 1e-12 if alike else 1e-2) == alike
-
-
-def test_hearing_by_halves_into_a_cache_first_gives_what_one_pass_gives():
-    llm, ids, a = setting(0)
-    for how in ("attn", "ffn"):
-        cache = hear(llm, a[:, 4:], how, hear(llm, a[:, :4], how))
-        assert same(llm(ids, cache=cache), in_mode(how, llm, ids, a[:, :4], a[:, 4:]))
+    written = sum(x[:, :2].sum() for x in cache.keys + cache.values)  # by the text before
+    grad, = torch.autograd.grad(written, a, allow_unused=True)
+    assert grad is None or grad.abs().max() == 0
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_without_positions_lal_cannot_tell_before_from_after(seed):
     llm, ids, a = setting(seed)
-    text = ("plits", llm.embed(ids), None)
 
-    def logits(audio, rope):
-        return llm.head(run(llm, [("lal", audio, None), text], rope=rope))
+    def logits(audio, rotate_keys):
+        segments = [Segment("lal", audio), Segment("plits", llm.embed(ids))]
+        return llm.head(prefill(llm, segments, write=partial(hear, rotate_keys=rotate_keys)))
 
     assert same(logits(a, False), logits(a.flip(1), False))
     assert not same(logits(a, True), logits(a.flip(1), True), 1e-2)
     assert same(logits(a, True), lal(llm, ids, a))
-    assert same(logits(a[:, :1], False), lal(llm, ids, a[:, :1]))  # position 0 is not turned
+    assert same(logits(a[:, :1], False), lal(llm, ids, a[:, :1]))  # position 0 is not rotated
 
 
 @pytest.mark.parametrize("text, want", [
     ("all", None), ("2:", [2, 3, 4, 5]), (":2", [0, 1]), ("::2", [0, 2, 4]), ("1::3", [1, 4]),
     ("-2:", [4, 5]), ("0,4,1", [0, 1, 4]), ("3", [3]), ("2,2", [2])])
 def test_layers_are_picked_as_slices_or_lists(text, want):
-    assert pick_layers(text, 6) == want
+    assert parse_layers(text, 6) == want
 
 
 @pytest.mark.parametrize("text", ["6", "0,6", "-1", "6:", "x", "1,", "0,2:", "::0", "1:2:3:4", ""])
 def test_layers_that_are_not_there_are_one_line(text):
     with pytest.raises(ValueError, match="lal-layers.*0 to 5"):
-        pick_layers(text, 6)
+        parse_layers(text, 6)
 
 
 @pytest.mark.parametrize("mode", ["lal", "pal"])
@@ -173,15 +158,25 @@ def test_each_encoders_cache_depends_on_its_clip_alone(mode):
 
     def cached(first, second):
         cache = KVCache(3)
-        run(llm, [(how, x, None) for how, x in zip(ROUTES[mode].values(), (first, second))], cache)
-        order = cache.positions[0][0].argsort()
-        return [(k[:, order], v[:, order]) for k, v in zip(cache.keys, cache.values)]
+        prefill(llm, audio_segments(mode, first, second), cache)
+        return list(zip(cache.keys, cache.values))
 
-    plain = cached(a[:, :4], a[:, 4:])
+    both = cached(a[:, :4], a[:, 4:])
     for part, other in ((slice(0, 4), cached(a[:, :4], b[:, 4:])),
                         (slice(4, N), cached(b[:, :4], a[:, 4:]))):
-        for (k, v), (k2, v2) in zip(plain, other):
+        for (k, v), (k2, v2) in zip(both, other):
             assert torch.equal(k[:, part], k2[:, part]) and torch.equal(v[:, part], v2[:, part])
+
+
+@pytest.mark.parametrize("mode", ROUTES)
+def test_the_cache_is_in_order_of_position_in_every_mode(mode):
+    llm, ids, a = setting(1)
+    segments = [Segment("plits", llm.embed(ids[:, :1])), *audio_segments(mode, a[:, :4], a[:, 4:]),
+                Segment("plits", llm.embed(ids))]
+    cache = KVCache(3)
+    prefill(llm, segments, cache, WRITE.get(mode, hear))
+    for positions in cache.positions:
+        assert positions.tolist() == [list(range(1 + N + T))]
 
 
 def test_layers_left_out_hold_no_audio():
@@ -198,30 +193,70 @@ def test_layers_left_out_hold_no_audio():
 def test_padded_audio_changes_nothing(mode):
     llm, ids, a = setting(3)
     before = torch.tensor([[1]])
-    keep = (torch.tensor([4, 2]), torch.tensor([3, 5]))  # of 4 and of 5 tokens
-    text = ("plits", llm.embed(ids), None)
-    audio = [(how, x, n) for how, x, n in zip(ROUTES[mode].values(), (a[:, :4], a[:, 4:]), keep)]
-    hidden = run(llm, [("plits", llm.embed(before), None), *audio, text])
+    lengths = (torch.tensor([4, 2]), torch.tensor([3, 5]))  # of 4 and of 5 tokens
+    segments = [Segment("plits", llm.embed(before)),
+                *audio_segments(mode, a[:, :4], a[:, 4:], lengths),
+                Segment("plits", llm.embed(ids))]
+    hidden = prefill(llm, segments, write=WRITE.get(mode, hear))
     for row in range(2):
-        first, second = a[row:row + 1, :keep[0][row]], a[row:row + 1, 4:4 + keep[1][row]]
+        first, second = a[row:row + 1, :lengths[0][row]], a[row:row + 1, 4:4 + lengths[1][row]]
         alone = in_mode(mode, llm, ids[row:row + 1], first, second, before)
         assert same(llm.head(hidden[row:row + 1, -T:]), alone)
 
 
 def test_one_token_after_a_padded_cache_does_not_see_the_padding():
     llm, ids, a = setting(3)
-    cache, keep = KVCache(3), torch.tensor([4, 2])
-    run(llm, [("lal", a[:, :4], keep)], cache)
-    got = llm(ids[:, :1], cache=cache)
-    for row, n in enumerate(keep):
-        assert same(got[row:row + 1], lal(llm, ids[row:row + 1, :1], a[row:row + 1, :n]))
+    cache, lengths = KVCache(3), torch.tensor([4, 2])
+    prefill(llm, [Segment("lal", a[:, :4], lengths)], cache)
+    logits = llm(ids[:, :1], cache=cache)
+    for row, n in enumerate(lengths):
+        assert same(logits[row:row + 1], lal(llm, ids[row:row + 1, :1], a[row:row + 1, :n]))
 
 
-@pytest.mark.parametrize("how", ["deaf", ""])
-def test_unknown_ways_are_a_programmers_mistake(how):
+@pytest.mark.parametrize("mode, layers, padded, expected", [
+    ("plits", None, False, ["causal"]), ("plits", None, True, ["positions"]),
+    ("lal", None, False, ["none", "causal"]), ("lal", None, True, ["none", "positions"]),
+    ("lal", [1], False, ["none", "causal"]), ("lal", [1], True, ["none", "positions"]),
+    ("pal", None, False, ["causal", "causal"]), ("pal", None, True, ["positions", "positions"])])
+def test_the_kernel_gets_the_causal_mask_unless_there_is_padding(mode, layers, padded, expected,
+                                                                 monkeypatch):
+    """Which mask each decoder call hands to the attention kernel; with the explicit mask of
+    positions in its place the result is the same."""
+    llm, ids, a = setting(4)
+    lengths = (torch.tensor([4, 2]), torch.tensor([3, 5])) if padded else (None, None)
+    segments = [Segment("plits", llm.embed(torch.tensor([[1]]))),
+                *audio_segments(mode, a[:, :4], a[:, 4:], lengths),
+                Segment("plits", llm.embed(ids))]
+    masks = []
+
+    def record(self, x, angles, mask, cache, layer):
+        masks.append(mask)
+        return attend(self, x, angles, mask, cache, layer)
+
+    attend = Attention.forward
+    monkeypatch.setattr(Attention, "forward", record)
+    hidden = prefill(llm, segments, write=partial(hear, layers=layers))
+    names = ["none" if mask is None else "causal" if isinstance(mask, CausalBias) else "positions"
+             for mask in masks]
+    assert names == [name for name in expected for _ in range(3)]
+    monkeypatch.setattr(model_module, "attention_mask", lambda queries, keys, no_padding, dtype:
+                        position_mask(queries, keys, dtype))
+    assert same(hidden, prefill(llm, segments, write=partial(hear, layers=layers)))
+
+
+def test_what_is_only_written_returns_no_hidden_states():
+    llm, ids, a = setting(3)
+    text = Segment("plits", llm.embed(ids))
+    assert prefill(llm, [text, Segment("lal", a)]) is None
+    assert prefill(llm, [text, Segment("plits", a)]).shape == (2, T + N, 24)
+    assert prefill(llm, [text, Segment("lal", a), text]).shape == (2, T, 24)
+
+
+@pytest.mark.parametrize("route", ["silent", ""])
+def test_an_unknown_route_is_a_programmers_mistake(route):
     llm, _, a = setting(0)
     with pytest.raises(AssertionError, match="plits or lal"):
-        hear(llm, a, how)
+        hear(llm, a, route)
 
 
 def test_pooling_averages_the_tail_too():
@@ -245,14 +280,14 @@ def gelu(x):
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
-def two(net, x):
+def mlp(net, x):
     return linear(net[2], gelu(linear(net[0], x)))
 
 
-def listening(layer, x, heard, gates=(1, 1)):
-    """One place x (W,) listens to [(source, token (W,)), ...], one head and token at a time."""
+def cross_attention(layer, x, tokens, gates=(1, 1)):
+    """One query x (W,) reads [(source, token (W,)), ...], one head and token at a time."""
     q, W = linear(layer.q, layer_norm(layer.norm1, x)), len(x)
-    kv = [linear(layer.kv[source], token) for source, token in heard]
+    kv = [linear(layer.kv[source], token) for source, token in tokens]
     d, mixed = W // layer.heads, []
     for h in range(layer.heads):
         part = slice(h * d, h * d + d)
@@ -260,22 +295,23 @@ def listening(layer, x, heard, gates=(1, 1)):
         mixed.append(sum(w * v[W:][part] for w, v in zip(weights / weights.sum(), kv)))
     x = x + gates[0] * linear(layer.out, torch.cat(mixed))
     inner = layer_norm(layer.norm2, x)
-    return x + gates[1] * two(layer.mlp, inner)
+    return x + gates[1] * mlp(layer.mlp, inner)
 
 
-def token_of(connector, query, heard):
-    """What becomes of a query that listens to [(source, feature), ...]: layers, then projector."""
-    heard = [(i, layer_norm(connector.enter[i][3], two(connector.enter[i], x))) for i, x in heard]
+def token_of(connector, query, features):
+    """What becomes of a query that reads [(source, feature), ...]: layers, then projection."""
+    tokens = [(i, layer_norm(connector.in_proj[i][3], mlp(connector.in_proj[i], x)))
+              for i, x in features]
     for layer in connector.layers:
-        query = listening(layer, query, heard)
-    return two(connector.out, query)
+        query = cross_attention(layer, query, tokens)
+    return mlp(connector.out, query)
 
 
-def ears(width, grid, seconds):
+def encoder_like(width, grid, seconds):
     return SimpleNamespace(width=width, grid=grid, seconds=seconds)
 
 
-def drawn(connector, seed=0):
+def randomized(connector, seed=0):
     torch.manual_seed(seed)
     connector.double()
     for p in connector.parameters():
@@ -290,32 +326,34 @@ def random(*shape):
 @pytest.mark.parametrize("queries, layers, width", [(5, 2, 6), (1, 1, 128)])
 def test_qformer_equals_a_straight_line_computation(queries, layers, width):
     torch.manual_seed(1)
-    arm = Arm(queries=queries, connector_layers=layers)
-    connector = drawn(QFormer([ears(width, (9, 1), 1)], 10, arm))
+    config = IntegrationConfig(queries=queries, connector_layers=layers)
+    connector = randomized(QFormer([encoder_like(width, (9, 1), 1)], 10, config))
     x, lengths = random(2, 9, width), torch.tensor([9, 4])
     got, none = connector([x], [lengths])
     assert got.shape == (2, queries, 10) and none is None
     for row, n in enumerate(lengths):
-        heard = [(0, token) for token in x[row, :n]]
+        tokens = [(0, token) for token in x[row, :n]]
         for query, token in zip(connector.queries, got[row]):
-            assert same(token, token_of(connector, query, heard))
+            assert same(token, token_of(connector, query, tokens))
     assert same(connector([x[1:, :4]], [None])[0], got[1:])
 
 
 def test_qformer_does_not_care_for_the_order_of_its_features():
-    connector, x = drawn(QFormer([ears(6, (9, 1), 1)], 10, Arm(queries=5))), random(2, 9, 6)
+    connector = randomized(QFormer([encoder_like(6, (9, 1), 1)], 10, IntegrationConfig(queries=5)))
+    x = random(2, 9, 6)
     assert same(connector([x], [None])[0], connector([x[:, torch.randperm(9)]], [None])[0])
     assert not same(connector([x], [None])[0], connector([x[:, :8]], [None])[0], 1e-3)
 
 
-# SSLAM and CLAP as in their real sizes; as in ours; ragged, with places where no centre falls; one
-EARS = {"real": ([ears(4, (64, 8), 10.24), ears(6, (32, 2), 10.0)], (32, 2)),
-        "ours": ([ears(6, (25, 8), 4.0), ears(6, (16, 4), 4.0)], (16, 2)),
-        "ragged": ([ears(4, (5, 3), 2.0), ears(6, (7, 1), 3.0)], (4, 2)),
-        "one": ([ears(6, (7, 5), 2.8)], (3, 3))}
+# SSLAM and CLAP as in their real sizes; as in ours; ragged, with cells where no centre falls; one
+ENCODER_PAIRS = {
+    "real": ([encoder_like(4, (64, 8), 10.24), encoder_like(6, (32, 2), 10.0)], (32, 2)),
+    "ours": ([encoder_like(6, (25, 8), 4.0), encoder_like(6, (16, 4), 4.0)], (16, 2)),
+    "ragged": ([encoder_like(4, (5, 3), 2.0), encoder_like(6, (7, 1), 3.0)], (4, 2)),
+    "one": ([encoder_like(6, (7, 5), 2.8)], (3, 3))}
 
 
-def window(encoder, longest, grid, t, f, steps):
+def cell_tokens(encoder, longest, grid, t, f, steps):
     """The tokens of an encoder, of so many steps, that belong to place (t, f): the definition."""
     half, (T, bands), (S, own) = Fraction(1, 2), grid, encoder.grid
     W, w = Fraction(str(longest)), Fraction(str(encoder.seconds))
@@ -330,12 +368,12 @@ def window(encoder, longest, grid, t, f, steps):
     return [i * own + j for i in chosen[0] for j in chosen[1]]
 
 
-@pytest.fixture(params=EARS)
+@pytest.fixture(params=ENCODER_PAIRS)
 def grids(request):
     """An LFST, its encoders, its grid, and features of three clips: whole, short, shorter."""
-    encoders, grid = EARS[request.param]
-    arm = Arm(grid_steps=grid[0], grid_bands=grid[1], connector_layers=2)
-    connector = drawn(LFST(encoders, 5, arm), 2)
+    encoders, grid = ENCODER_PAIRS[request.param]
+    config = IntegrationConfig(grid_steps=grid[0], grid_bands=grid[1], connector_layers=2)
+    connector = randomized(LFST(encoders, 5, config), 2)
     longest = max(e.seconds for e in encoders)
     steps = [[min(e.grid[0], math.ceil(e.grid[0] * share * longest / e.seconds))
               for share in (1, 0.6, 0.1)] for e in encoders]
@@ -346,8 +384,8 @@ def grids(request):
 
 def test_lfst_equals_a_straight_line_computation_over_its_places(grids):
     connector, encoders, (T, bands), longest, steps, features, lengths = grids
-    got, kept = connector(features, lengths)
-    assert kept[0] == T * (bands + 1) == got.shape[1]  # the grid alone says how long
+    got, sizes = connector(features, lengths)
+    assert sizes[0] == T * (bands + 1) == got.shape[1]  # the grid alone says how long
     for row in range(3):
         ends = [Fraction(s[row], e.grid[0]) * Fraction(str(e.seconds)) / Fraction(str(longest))
                 for s, e in zip(steps, encoders)]
@@ -356,14 +394,14 @@ def test_lfst_equals_a_straight_line_computation_over_its_places(grids):
             if Fraction(t, T) >= max(ends):  # it begins when the clip is over
                 break
             for f in range(bands):
-                heard = [(i, features[i][row, n]) for i, e in enumerate(encoders)
-                         for n in window(e, longest, (T, bands), t, f, steps[i][row])]
+                tokens = [(i, features[i][row, n]) for i, e in enumerate(encoders)
+                          for n in cell_tokens(e, longest, (T, bands), t, f, steps[i][row])]
                 if t < 3 or t % 5 == 0:
-                    want.append(token_of(connector, connector.queries[0], heard))
+                    want.append(token_of(connector, connector.queries[0], tokens))
                 else:  # to be quick
                     want.append(got[row, t * (bands + 1) + f])
             want.append(connector.newline)
-        assert kept[row] == len(want)
+        assert sizes[row] == len(want)
         assert same(got[row, :len(want)], torch.stack(want))
 
 
@@ -376,42 +414,30 @@ def test_a_place_of_lfst_depends_on_its_own_window_and_on_nothing_else(grids):
             grads = torch.autograd.grad(got[0, t * (bands + 1) + f].sum(), features,
                                         retain_graph=True)
             for grad, e, s in zip(grads, encoders, steps):
-                felt = grad.abs().amax(-1)
-                assert felt[1:].max() == 0
-                own = window(e, longest, (T, bands), t, f, s[0])
-                assert felt[0].nonzero()[:, 0].tolist() == own
+                used = grad.abs().amax(-1)
+                assert used[1:].max() == 0
+                own = cell_tokens(e, longest, (T, bands), t, f, s[0])
+                assert used[0].nonzero()[:, 0].tolist() == own
         newline = torch.autograd.grad(got[0, t * (bands + 1) + bands].sum(), features,
                                       retain_graph=True, allow_unused=True)
         assert all(grad is None or grad.abs().max() == 0 for grad in newline)
 
 
-@pytest.mark.parametrize("asked, made", [(32, 32), (99, 32), (5, 5)])
-def test_lfst_has_no_finer_steps_than_its_coarsest_encoder(asked, made):
-    connector = LFST(EARS["real"][0], 5, Arm(grid_steps=asked, grid_bands=3))
+@pytest.mark.parametrize("wanted, made", [(32, 32), (99, 32), (5, 5)])
+def test_lfst_has_no_finer_steps_than_its_coarsest_encoder(wanted, made):
+    config = IntegrationConfig(grid_steps=wanted, grid_bands=3)
+    connector = LFST(ENCODER_PAIRS["real"][0], 5, config)
     tokens, _ = connector([torch.zeros(1, 512, 4), torch.zeros(1, 64, 6)], [None, None])
     assert tokens.shape[1] == made * 4
 
 
 def test_lfst_of_a_batch_is_that_of_each_clip_alone(grids):
     connector, encoders, _, _, _, features, lengths = grids
-    got, kept = connector(features, lengths)
+    got, sizes = connector(features, lengths)
     for row in range(3):
         alone, none = connector([x[row:row + 1, :n[row]] for x, n in zip(features, lengths)],
                                 [None] * len(features))
-        assert none is None and same(alone, got[row:row + 1, :kept[row]])
-
-
-def test_gated_layers_let_through_what_the_tanh_of_their_gates_says():
-    layer = drawn(Cross(6, 1, 2, gated=True))
-    assert layer.mlp[0].out_features == 24 and Cross(6, 1, 2).mlp[0].out_features == 6
-    x, heard = random(2, 3, 6), random(2, 4, 6)
-    mask = torch.tensor([4, 2])[:, None, None, None] > torch.arange(4)
-    got = layer(x, *layer.remember([heard]), mask)
-    for row, n in enumerate((4, 2)):
-        for place in range(3):
-            want = listening(layer, x[row, place], [(0, token) for token in heard[row, :n]],
-                             layer.gates.tanh())
-            assert same(got[row, place], want)
+        assert none is None and same(alone, got[row:row + 1, :sizes[row]])
 
 
 # ----------------------------------------------------------------------- the whole AudioLLM
@@ -421,7 +447,7 @@ def clip(seconds, seed=0):
     return lambda rate: wave
 
 
-def audio_llm(mode, seed=0, arm=Arm(), clap=False):
+def audio_llm(mode, seed=0, config=IntegrationConfig(), clap=False):
     """Small, but of the real classes; float64 but for the encoders' front ends."""
     torch.manual_seed(seed)
     encoders = {"whisper": Whisper(WhisperConfig(width=64, layers=1, seconds=1.6)),
@@ -432,8 +458,10 @@ def audio_llm(mode, seed=0, arm=Arm(), clap=False):
             high=8000.0, bank_rate=16000))
     tokenizer = train_tokenizer([f"what is {n} said or heard" for n in range(60)], 300)
     llm = make(seed, vocab_size=tokenizer.vocab_size)
-    windows = {"whisper": 8, "sslam": 4, "clap": 1}
-    model = AudioLLM(llm, tokenizer, encoders, mode, windows, arm)
+    for kind, size in {"whisper": 8, "sslam": 4, "clap": 1}.items():
+        if kind in encoders:
+            encoders[kind].pool_size = size
+    model = AudioLLM(llm, tokenizer, encoders, mode, config)
     if mode == "flamingo":
         for layer in model.connectors["flamingo"]:
             layer.gates.data += 1
@@ -462,11 +490,11 @@ def model(request):
 def test_cached_generation_is_uncached_generation(model):
     features = doubled(model.features([clip(1.6), clip(0.7, 1), clip(1.1, 2)]))
     prompts = [[5, 6, 7, 8], [9], [10, 11], [5, 6]]
-    rows = [0, 1, 2, 1]
-    want = [uncached_answer(model, features[r], p, 6) for r, p in zip(rows, prompts)]
+    clip_index = [0, 1, 2, 1]
+    want = [uncached_answer(model, features[r], p, 6) for r, p in zip(clip_index, prompts)]
     cache = model.hear(features)  # a ragged batch, its questions ragged too
-    assert model.llm.generate(prompts, 6, cache=cache, rows=rows) == want
-    for r, p, w in zip(rows, prompts, want):  # each alone: nothing is padding
+    assert model.llm.generate(prompts, 6, cache=cache, clip_index=clip_index) == want
+    for r, p, w in zip(clip_index, prompts, want):  # each alone: nothing is padding
         assert model.llm.generate([p], 6, cache=model.hear([features[r]])) == [w]
 
 
@@ -511,19 +539,20 @@ def test_a_mode_is_nothing_but_the_routes():
         audio_llm("flits")
 
 
-# ------------------------------------------------------------------------------ the arms, whole
+# ------------------------------------------------------------------------- configurations, whole
 
-ARMS = {"lfst": ("pal", Arm(), True), "lfst of one": ("lal", Arm("lfst"), False),
-        "qformer": ("plits", Arm("qformer", queries=3), True),
-        "layers": ("pal", Arm(lal_layers="0,2"), False),
-        "no positions": ("lal", Arm(audio_rope="off"), False),
-        "flamingo": ("flamingo", Arm(flamingo_every=2), True)}
+CONFIGS = {"lfst": ("pal", IntegrationConfig(), True),
+           "lfst of one": ("lal", IntegrationConfig("lfst"), False),
+           "qformer": ("plits", IntegrationConfig("qformer", queries=3), True),
+           "layers": ("pal", IntegrationConfig(lal_layers="0,2"), False),
+           "no positions": ("lal", IntegrationConfig(audio_rope="off"), False),
+           "flamingo": ("flamingo", IntegrationConfig(flamingo_every=2), True)}
 
 
-@pytest.mark.parametrize("name", ARMS)
-def test_every_arm_hears_once_and_comes_back_from_its_checkpoint(name, tmp_path):
-    mode, arm, clap = ARMS[name]
-    model = audio_llm(mode, 0, arm, clap)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_hears_once_and_comes_back_from_its_checkpoint(name, tmp_path):
+    mode, config, clap = CONFIGS[name]
+    model = audio_llm(mode, 0, config, clap)
     model.connectors.double()
     clips = [clip(1.6), clip(0.7, 1)]
     features = doubled(model.features(clips))
@@ -532,7 +561,7 @@ def test_every_arm_hears_once_and_comes_back_from_its_checkpoint(name, tmp_path)
     assert model.llm.generate(prompts, 6, cache=model.hear(features)) == want
     model.float().save(tmp_path / "m.pt")
     loaded = AudioLLM.load(tmp_path / "m.pt")
-    assert loaded.arm == arm and loaded.windows == model.windows
+    assert loaded.config == config and loaded.pool_sizes == model.pool_sizes
     features = model.features(clips)
     assert torch.equal(loaded(features, torch.tensor([[5, 6]])),
                        model(features, torch.tensor([[5, 6]])))
@@ -541,19 +570,19 @@ def test_every_arm_hears_once_and_comes_back_from_its_checkpoint(name, tmp_path)
 def test_an_encoder_file_of_another_size_is_refused(tmp_path, monkeypatch):
     audio_llm("lal").save(tmp_path / "m.pt")
     saved = torch.load(tmp_path / "m.pt", weights_only=True)
-    saved["sources"]["whisper"] = "tiny.en.pt"
+    saved["encoders"]["whisper"]["checkpoint_path"] = "tiny.en.pt"
     torch.save(saved, tmp_path / "m.pt")
-    asked = []
+    loaded = []
 
     def load_encoder(kind, path):
-        asked.append((kind, path))
+        loaded.append((kind, path))
         return Whisper(WhisperConfig(width=128, layers=1, seconds=1.6))
 
     monkeypatch.setattr(integrate, "load_encoder", load_encoder)
     for moved in ({}, {"whisper": "moved.pt"}):
         with pytest.raises(ValueError, match="trained with another whisper"):
             AudioLLM.load(tmp_path / "m.pt", moved)
-    assert asked == [("whisper", "tiny.en.pt"), ("whisper", "moved.pt")]
+    assert loaded == [("whisper", "tiny.en.pt"), ("whisper", "moved.pt")]
 
 
 def test_lfst_is_the_default_for_sslam_and_clap_together():
@@ -569,57 +598,36 @@ def test_lfst_is_the_default_for_sslam_and_clap_together():
     assert [len(features[1][kind]) for kind in ("sslam", "clap")] == [3 * 8, 5 * 4]
     (_, whisper, _), (_, tokens, lengths) = model.segments(features)[1:]
     assert tokens.shape[1] == 3 * 10 and lengths.tolist() == [3 * 10, 3 * 3]
-    assert len(audio_llm("lal", arm=Arm("mlp"), clap=True).connectors) == 3
+    assert len(audio_llm("lal", config=IntegrationConfig("mlp"), clap=True).connectors) == 3
 
 
 @pytest.mark.parametrize("mode", ["lal", "pal"])
 def test_layers_left_out_hold_no_audio_keys_and_values(mode):
-    model = audio_llm(mode, arm=Arm(lal_layers="::2"))
+    model = audio_llm(mode, config=IntegrationConfig(lal_layers="::2"))
     model.connectors.double()
     features = doubled(model.features([clip(1.6)]))
     lengths = {kind: len(tokens) for kind, tokens in features[0].items()}
-    here = 1 + sum(lengths.values())  # and the beginning of the text
-    there = 1 + (lengths["whisper"] if mode == "pal" else 0)
-    assert [k.shape[1] for k in model.hear(features).keys] == [here, there, here]
+    written = 1 + sum(lengths.values())  # and the beginning of the text
+    left_out = 1 + (lengths["whisper"] if mode == "pal" else 0)
+    assert [k.shape[1] for k in model.hear(features).keys] == [written, left_out, written]
 
 
 def test_without_positions_the_whole_model_cannot_tell_before_from_after():
     ids = torch.tensor([[5, 6, 7]])
-    for rope, alike in (("off", True), ("on", False)):
-        model = audio_llm("lal", arm=Arm(audio_rope=rope))
+    for audio_rope, alike in (("off", True), ("on", False)):
+        model = audio_llm("lal", config=IntegrationConfig(audio_rope=audio_rope))
         model.connectors.double()
         f = {"whisper": random(9, 64), "sslam": random(7, 64)}
         backwards = {kind: x.flip(0) for kind, x in f.items()}
         assert same(model([f], ids), model([backwards], ids), 1e-12 if alike else 1e-3) == alike
 
 
-def test_flamingo_starts_as_the_text_model_and_then_hears():
-    model = audio_llm("flamingo", arm=Arm(flamingo_every=2))
-    model.connectors.double()
-    assert len(model.connectors["flamingo"]) == 2  # before layers 0 and 2
-    features = [{kind: random(n, 64).requires_grad_() for kind in ("whisper", "sslam")}
-                for n in (4, 7)]
-    ids = torch.randint(50, (2, 5))
-    heard = model(features, ids)
-    assert not same(heard, model([{}, {}], ids), 1e-2)
-    for row in range(2):  # each listens to all of its clip and to nothing else
-        for i, f in enumerate(features):
-            for grad in torch.autograd.grad(heard[row, 0].sum(), f.values(), retain_graph=True):
-                felt = grad.abs().amax(dim=1) > 0
-                assert felt.all() if i == row else not felt.any()
-        assert same(model(features[row:row + 1], ids[row:row + 1]), heard[row:row + 1])
-    for layer in model.connectors["flamingo"]:
-        layer.gates.data -= 1  # as they were before audio_llm opened them
-    assert torch.equal(model(features, ids), model([{}, {}], ids))
-    alone = model.llm(torch.cat([torch.tensor([[model.tokenizer.bos_id]] * 2), ids], dim=1))
-    assert same(model.llm.head(model(features, ids)), alone[:, 1:])
-
-
-@pytest.mark.parametrize("mode, arm, word", [
-    ("plits", Arm(lal_layers="1:"), "lal-layers"), ("attn", Arm(audio_rope="off"), "audio-rope"),
-    ("flamingo", Arm(lal_layers="0"), "lal-layers"), ("lal", Arm(lal_layers="7"), "lal-layers 7")])
-def test_arms_that_do_not_go_together_are_one_line(mode, arm, word):
+@pytest.mark.parametrize("mode, config, word", [
+    ("plits", {"lal_layers": "1:"}, "lal-layers"), ("attn", {"audio_rope": "off"}, "audio-rope"),
+    ("flamingo", {"lal_layers": "0"}, "lal-layers"), ("lal", {"lal_layers": "7"}, "lal-layers 7"),
+    ("lal", {"connector": "perceiver"}, "connector perceiver: choose auto, mlp")])
+def test_configurations_that_do_not_go_together_are_one_line(mode, config, word):
     with pytest.raises(ValueError, match=word):
-        audio_llm(mode, arm=arm)
+        audio_llm(mode, config=IntegrationConfig(**config))
     with pytest.raises(ValueError, match="lfst"):
-        AudioLLM(make(0), None, {}, "lal", {}, Arm("lfst"))
+        AudioLLM(make(0), None, {}, "lal", IntegrationConfig("lfst"))

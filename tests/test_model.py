@@ -1,11 +1,11 @@
-"""The decoder, its cache, generation and the tokenizer."""
+"""The decoder, its cache, its mask and generation."""
 import math
 
 import pytest
 import torch
 
-from model import (FAR, LLM, KVCache, LLMConfig, load_tokenizer, pick, place, train_tokenizer,
-                   visibility)
+from model import (LLM, PAD_POSITION, CausalBias, KVCache, LLMConfig, make_positions,
+                   position_mask, sample_token)
 
 
 def make(seed=0, **sizes):
@@ -24,7 +24,7 @@ def straight_line(llm, ids):
     c, x = llm.config, llm.model.embed_tokens.weight[ids].clone()  # (T, D)
     norm = lambda x, m: x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * m.weight
 
-    def turned(v, position):
+    def rotated(v, position):
         d = c.head_dim
         out = v.clone()
         for i in range(d // 2):
@@ -42,7 +42,7 @@ def straight_line(llm, ids):
             heads = []
             for head in range(c.num_attention_heads):
                 shared = head // (c.num_attention_heads // c.num_key_value_heads)
-                scores = torch.stack([turned(q[t, head], t) @ turned(k[s, shared], s)
+                scores = torch.stack([rotated(q[t, head], t) @ rotated(k[s, shared], s)
                                       for s in range(t + 1)]) / c.head_dim ** 0.5
                 heads.append(scores.softmax(0) @ v[:t + 1, shared])
             rows.append(torch.cat(heads))
@@ -70,11 +70,11 @@ def test_only_the_distance_between_tokens_matters():
     assert not torch.allclose(llm(ids), llm(ids, positions=2 * torch.arange(7)[None]), atol=1e-3)
 
 
-@pytest.mark.parametrize("room", [0, 12])
+@pytest.mark.parametrize("capacity", [0, 12])
 @pytest.mark.parametrize("cuts", [(12,), (1, 11), (5, 1, 6), (1,) * 12])
-def test_a_cache_read_in_pieces_gives_the_same_logits(room, cuts):
+def test_a_cache_read_in_pieces_gives_the_same_logits(capacity, cuts):
     llm, ids = make(3), torch.randint(50, (2, 12))
-    cache = KVCache(3, room)
+    cache = KVCache(3, capacity)
     with torch.no_grad():
         pieces = [llm(part, cache=cache) for part in ids.split(list(cuts), dim=1)]
         assert torch.allclose(torch.cat(pieces, 1), llm(ids), rtol=0, atol=1e-12)
@@ -94,20 +94,21 @@ def test_gradients_flow_through_the_growing_cache():
 def test_padding_is_a_position_that_no_query_reaches():
     llm = make(5)
     ids = torch.randint(50, (2, 8))
-    positions, after = place(0, 8, torch.tensor([8, 5]))
+    positions, next_position = make_positions(0, 8, torch.tensor([8, 5]))
     cache = KVCache(3)
     logits = llm(ids, positions=positions, cache=cache)
     assert torch.allclose(logits[1, :5], llm(ids[1:, :5])[0], rtol=0, atol=1e-12)
-    assert after.tolist() == [[8], [5]] and torch.equal(cache.next, after)
+    assert next_position.tolist() == [[8], [5]]
+    assert torch.equal(cache.next_position, next_position)
     more = torch.randint(50, (2, 1))
     alone = llm(torch.cat([ids[1, :5], more[1]])[None])[0, -1]
     assert torch.allclose(llm(more, cache=cache)[1, 0], alone, rtol=0, atol=1e-12)
 
 
 def test_the_one_rule():
-    keys, queries = torch.tensor([[0, 3, 1, FAR]]), torch.tensor([[2, 0, 3]])
-    seen = visibility(queries, keys, torch.float32)[0, 0] == 0
-    assert seen.tolist() == [[True, False, True, False], [True, False, False, False],
+    keys, queries = torch.tensor([[0, 3, 1, PAD_POSITION]]), torch.tensor([[2, 0, 3]])
+    visible = position_mask(queries, keys, torch.float32)[0, 0] == 0
+    assert visible.tolist() == [[True, False, True, False], [True, False, False, False],
                              [True, True, True, False]]
 
 
@@ -129,13 +130,26 @@ def test_generation_of_unequal_prompts_equals_each_alone_uncached(seed):
 
 
 def test_generation_leaves_the_cache_alone_and_chooses_its_rows():
-    llm = make(6)
+    llm = make(1)
     cache = KVCache(3)
-    read = torch.tensor([[3, 4, 5], [6, 7, 8]])
-    llm(read, cache=cache)
+    llm(torch.tensor([[3, 4, 5], [6, 7, 8]]), cache=cache)
+    prompts = [[6, 7, 8, 9, 1], [3, 4, 5, 2], [6, 7, 8, 9], [3, 4, 5, 9]]
+    expected = [uncached(llm, prompt, 6) for prompt in prompts]
+    assert expected[2] != expected[3]  # the row matters
     for _ in range(2):  # the second time gives the same only if the first left no trace
-        got = llm.generate([[9, 1], [2], [9]], 6, cache=cache, rows=[1, 0, 1])
-        assert got == [uncached(llm, p, 6) for p in ([6, 7, 8, 9, 1], [3, 4, 5, 2], [6, 7, 8, 9])]
+        new = llm.generate([[9, 1], [2], [9], [9]], 6, cache=cache, clip_index=[1, 0, 1, 0])
+        assert new == expected
+
+
+def test_a_fork_continues_its_rows_padding_and_all():
+    llm, cache = make(6), KVCache(3)
+    positions, _ = make_positions(0, 4, torch.tensor([4, 2]))
+    ids, more = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]]), torch.randint(50, (3, 2))
+    llm(ids, positions=positions, cache=cache)
+    logits = llm(more, cache=cache.fork([1, 0, 1], 2))
+    for row, text in enumerate(([7, 8], [3, 4, 5, 6], [7, 8])):
+        alone = llm(torch.cat([torch.tensor(text), more[row]])[None])
+        assert torch.allclose(logits[row], alone[0, -2:], rtol=0, atol=1e-12)
 
 
 def test_generation_stops_at_the_end_of_text():
@@ -150,12 +164,12 @@ def test_generation_stops_at_the_end_of_text():
 
 def test_sampling():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20000, 4)
-    dice = torch.Generator().manual_seed(0)
-    share = lambda t, p: pick(logits, t, p, dice).bincount(minlength=4) / 20000
+    rng = torch.Generator().manual_seed(0)
+    share = lambda t, p: sample_token(logits, t, p, rng).bincount(minlength=4) / 20000
     assert torch.allclose(share(1.0, 1.0), torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.02)
     assert torch.allclose(share(1.0, 0.7), torch.tensor([0.625, 0.375, 0, 0]), atol=0.02)
     assert torch.allclose(share(0.5, 1.0)[0], torch.tensor(0.25 / 0.365), atol=0.02)
-    assert share(1.0, 1e-9)[0] == 1 and (pick(logits, 0, 1.0) == 0).all()
+    assert share(1.0, 1e-9)[0] == 1 and (sample_token(logits, 0, 1.0) == 0).all()
     llm = make(8)
     assert llm.generate([1], 8, 1.0, seed=3) == llm.generate([1], 8, 1.0, seed=3)
 
@@ -166,14 +180,59 @@ def test_nothing_to_continue_is_said():
             make().generate(nothing, 3)
 
 
-def test_tokenizer_gives_every_text_back(tmp_path):
-    tokenizer = train_tokenizer([f"a siren and {n} drums." for n in range(100)], 320)
-    for text in ("a siren", "  two  spaces ", "new: Ü猫🎧\n\ttab", "", "</s> <s> <unk>"):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.eos_id not in tokenizer.encode("</s>")
-    (tmp_path / "t.model").write_bytes(tokenizer.proto)
-    assert load_tokenizer(tmp_path / "t.model").encode("a drum") == tokenizer.encode("a drum")
-    (tmp_path / "bad.model").write_bytes(b"nothing of the kind")
-    for name in ("bad.model", "none.model"):
-        with pytest.raises(ValueError, match=name):
-            load_tokenizer(tmp_path / name)
+def record_kernel_calls(monkeypatch):
+    """A list that gets (query heads, key heads, mask) of each call of the attention kernel."""
+    calls, kernel = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(q, k, v, mask=None, **options):
+        calls.append((q.shape[1], k.shape[1], mask))
+        return kernel(q, k, v, mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    return calls
+
+
+def test_a_single_query_has_no_mask_and_its_heads_share_keys_as_rows(monkeypatch):
+    llm, ids = make(9), torch.randint(50, (2, 5))
+    cache = KVCache(3)
+    llm(ids, cache=cache)
+    calls = record_kernel_calls(monkeypatch)
+    logits = llm(ids[:, :1], cache=cache)
+    assert calls == [(2, 2, None)] * 3  # 2 key-value heads, with 2 of the 4 heads as rows of each
+    monkeypatch.undo()
+    whole = llm(torch.cat([ids, ids[:, :1]], dim=1))
+    assert torch.allclose(logits[:, 0], whole[:, -1], rtol=0, atol=1e-12)
+
+
+def test_on_cuda_an_explicit_mask_comes_with_a_key_for_each_query_head(monkeypatch):
+    llm, ids = make(10), torch.randint(50, (2, 5))
+    positions, _ = make_positions(0, 5, torch.tensor([5, 3]))
+    expected = llm(ids, positions=positions)
+    calls = record_kernel_calls(monkeypatch)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    assert torch.allclose(llm(ids, positions=positions), expected, rtol=0, atol=1e-12)
+    assert [(q, k) for q, k, _ in calls] == [(4, 4)] * 3
+    assert not any(isinstance(mask, CausalBias) for *_, mask in calls)
+
+
+def test_on_cuda_the_causal_mask_comes_with_shared_keys(monkeypatch):
+    calls = []
+
+    def record(q, k, v, mask, enable_gqa):
+        calls.append((q.shape[1], k.shape[1], type(mask), enable_gqa))
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    make(10)(torch.randint(50, (2, 5)))
+    assert calls == [(4, 2, CausalBias, True)] * 3
+
+
+def test_the_loss_is_the_weighted_sum_over_the_tokens_to_be_learnt():
+    llm, ids = make(11), torch.randint(50, (2, 6))
+    hidden = llm.model(llm.embed(ids[:, :-1]))
+    weights = torch.tensor([[9, 0, 0.5, 2, 0, 1], [9, 1, 0, 0, 0, 0.25]])  # the first is never used
+    log_p = llm.head(hidden).log_softmax(-1)
+    expected = -sum(weights[b, t] * log_p[b, t - 1, ids[b, t]]
+                    for b in range(2) for t in range(1, 6))
+    assert torch.allclose(llm.loss(hidden, ids, weights), expected, rtol=0, atol=1e-12)

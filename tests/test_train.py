@@ -1,31 +1,38 @@
-"""Training: what learns and what does not, repeatable, safe to break off, fairly scored."""
+"""Training: what is trained and what is not, repeatable, safe to interrupt, fairly scored."""
 import json
 import multiprocessing
 import os
 import re
-import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import tracemalloc
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_integrate import audio_llm
-from test_sample import BAD_LISTS, BAD_SOUNDS, item, write_wav
+from test_lists import BAD_LISTS, BAD_SOUNDS, item, write_wav
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import integrate
 import sample
 import train
-from integrate import MODES, ROUTES, Arm, AudioLLM
-from sample import Questions
+from data.batches import ItemDataset, index_batches, load_batches, microbatches
+from data.lists import QuestionList, add_token_ids
+from data.world import load_world, render, scene
+from encoders import ENCODERS, load_audio
+from integrate import CHECKPOINT_FORMAT, MODES, AudioLLM, IntegrationConfig
+from lib import weights
+from lib.cli import command_line
+from lib.optim import cosine_schedule
 
 ROOT = Path(__file__).parents[1]
+UNTRAINED = [mode for mode in MODES if mode != "flamingo"]  # modes that add no parameters
 
 
 @pytest.fixture
@@ -44,8 +51,10 @@ def sounds(tmp_path):
 
 
 @pytest.fixture
-def learn(call, base, brief):
-    """learn("--mode", "lal") trains for a few steps: (stdout, stderr, lines of metrics.jsonl)."""
+def run_train(call, base, brief, monkeypatch):
+    """run_train("--mode", "lal") takes a few steps: (stdout, stderr, lines of metrics.jsonl)."""
+    monkeypatch.setattr(train, "VALIDATION_CLIPS", 3)
+
     def run(*options, data=("--data", "q.json", "--val-data", "v.json"), steps=(3, 3, 3)):
         steps = [word for i, n in enumerate(steps) for word in (f"--steps{i + 1}", n)]
         code, stdout, stderr = call(train, "--base", base, "--device", "cpu", "--batch", 2,
@@ -58,6 +67,9 @@ def learn(call, base, brief):
     return run
 
 
+WORLD = ("--clips", 4, "--test-clips", 3)
+
+
 def losses(lines):
     return [(line["step"], line["loss"], line["norm"]) for line in lines if "loss" in line]
 
@@ -68,83 +80,86 @@ def the_same(a, b):
 
 # ------------------------------------------------------------------------------- from end to end
 
-def test_the_listening_world_from_training_to_an_answer(learn, call):
-    stdout, stderr, lines = learn("--clips", 4, "--test-clips", 3, data=())
-    for word in ("model", "deaf", "wrong clip", "commonest", "sound", "speech", "stage 3"):
+def test_the_listening_world_from_training_to_an_answer(run_train, call):
+    stdout, stderr, lines = run_train(*WORLD, data=())
+    for word in ("model", "silence", "wrong clip", "majority", "sound", "speech", "stage 3"):
         assert word in stdout
     assert "cropped" not in stderr and "silence" not in stderr
     *steps, end = lines
     assert [line["step"] for line in steps if "validation" in line] == [3, 6, 9]
     assert end["options"]["clips"] == 4 and end["seconds_per_step"] > 0
     assert {"all all", "sound all", "speech transcription"} <= end["scores"].keys()
-    asked = list(Questions("out/demo/questions.json"))
-    assert {i["clip"].name for i in asked} == {p.name for p in Path("out/demo").glob("*.wav")}
-    assert len(asked) == end["scores"]["all all"]["questions"]
-    wave = torch.from_numpy(train.render(train.scene("test", 1, 0)))
-    assert torch.allclose(sample.load_audio("out/demo/1.wav", 16000), wave, atol=1e-4)
+    questions = list(QuestionList("out/demo/questions.json"))
+    assert {i["clip"].name for i in questions} == {p.name for p in Path("out/demo").glob("*.wav")}
+    assert len(questions) == end["scores"]["all all"]["questions"]
+    wave = torch.from_numpy(render(scene("test", 1, 0)))
+    assert torch.allclose(load_audio("out/demo/1.wav", 16000), wave, atol=1e-4)
     code, stdout, stderr = call(sample, "--audio", "out/demo/0.wav", "--prompt", "What is it?")
     assert code == 0 and stdout.endswith("\n") and "out/lal/model.pt: mode lal" in stderr
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_own_sounds_of_any_rate_and_length_from_training_to_the_table(mode, learn, sounds):
-    stdout, stderr, lines = learn("--mode", mode)
+def test_own_sounds_of_any_rate_and_length_from_training_to_the_table(mode, run_train, sounds):
+    stdout, stderr, lines = run_train("--mode", mode)
     rows = lines[-1]["scores"]
     assert rows["all all"]["questions"] == 3
     assert {key.split()[0] for key in rows} == {"all", "music", "noise"}
     assert "music" in stdout and "wrong clip" in stdout
     assert "cropped from 1 of 3" in stderr and "silence is added to 1 of 3" in stderr
     assert AudioLLM.load(f"out/{mode}/model.pt").mode == mode
+    saved = torch.load(f"out/{mode}/model.pt", weights_only=True)
+    assert saved["options"] == lines[-1]["options"] and saved["options"]["mode"] == mode
 
 
-def test_without_validation_questions_the_table_says_so(learn, sounds):
-    stdout, _, lines = learn(data=("--data", "q.json"), steps=(0, 0, 1))
+def test_without_validation_questions_the_table_says_so(run_train, sounds):
+    stdout, _, lines = run_train(data=("--data", "q.json"), steps=(0, 0, 1))
     assert "no --val-data" in stdout and lines[-1]["scores"]["all all"]["questions"] == 9
 
 
 # ------------------------------------------------------------------------------------ repeatable
 
-def test_the_seed_decides_every_loss(learn, sounds):
-    one, two, other = (learn("--seed", seed)[2] for seed in (0, 0, 1))
+def test_the_seed_decides_every_loss(run_train, sounds):
+    one, two, other = (run_train("--seed", seed)[2] for seed in (0, 0, 1))
     for line in (one[-1], two[-1]):
         del line["seconds_per_step"]
     assert one == two
     assert all(a != b for a, b in zip(losses(one), losses(other)))
 
 
-def test_evaluation_does_not_disturb_training(learn, sounds, monkeypatch):
-    plain = losses(learn()[2])
-    score = train.score  # twice as often, on other questions
-    monkeypatch.setattr(train, "score", lambda *a: (score(*a), score(*a))[1])
-    assert losses(learn(data=("--data", "q.json", "--val-data", "q.json"))[2]) == plain
+def test_evaluation_does_not_disturb_training(run_train, sounds, monkeypatch):
+    plain = losses(run_train()[2])
+    exact_match = train.exact_match  # twice as often, on other questions
+    monkeypatch.setattr(train, "exact_match", lambda *a: (exact_match(*a), exact_match(*a))[1])
+    assert losses(run_train(data=("--data", "q.json", "--val-data", "q.json"))[2]) == plain
 
 
 @pytest.fixture
-def watch(monkeypatch):
-    """[(names and tensors of the model, questions of the batch), ...] of every step."""
-    seen, answer_loss = [], train.answer_loss
+def recorded(monkeypatch):
+    """[(tensors of the model, questions of the batch, names of what is trained), ...] by step."""
+    steps, answer_loss = [], train.answer_loss
 
-    def watched(model, features, items, total):
+    def record(model, features, items, total):
         state = {name: p.clone() for name, p in model.state_dict().items()}
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        assert not any(part.training for part in model.encoders.modules())
-        seen.append((state, [i["instruction"] + i["output"] for i in items], trained))
+        if "encoders" not in {name.split(".")[0] for name in trained}:
+            assert not any(part.training for part in model.encoders.modules())
+        steps.append((state, [i["instruction"] + i["output"] for i in items], trained))
         return answer_loss(model, features, items, total)
 
-    monkeypatch.setattr(train, "answer_loss", watched)
-    return seen
+    monkeypatch.setattr(train, "answer_loss", record)
+    return steps
 
 
-def test_the_mode_sets_the_routes_and_nothing_else(learn, sounds, watch):
+def test_the_mode_sets_the_routes_and_nothing_else(run_train, sounds, recorded):
     runs = {}
-    for mode in ROUTES:
-        watch.clear()
-        learn("--mode", mode, "--lr", 1e-3)
-        runs[mode] = list(watch)
+    for mode in UNTRAINED:
+        recorded.clear()
+        run_train("--mode", mode, "--lr", 1e-3)
+        runs[mode] = list(recorded)
     one = runs["lal"]
     for run in runs.values():
         assert the_same(run[0][0], one[0][0])
-        assert [asked for _, asked, _ in run] == [asked for _, asked, _ in one]
+        assert [questions for _, questions, _ in run] == [questions for _, questions, _ in one]
         assert [trained for _, _, trained in run] == [trained for _, _, trained in one]
     assert not the_same(runs["plits"][-1][0], runs["pal"][-1][0])
 
@@ -152,11 +167,11 @@ def test_the_mode_sets_the_routes_and_nothing_else(learn, sounds, watch):
 @pytest.mark.parametrize("size", [1, 4, 7, 200])
 def test_every_question_comes_once_before_any_comes_again(size):
     lengths = np.random.default_rng(0).integers(5, 60, 150)
-    supply, rounds = train.batches(lengths, size, np.random.default_rng(0)), []
+    batches, rounds = index_batches(lengths, size, np.random.default_rng(0)), []
     for _ in range(3):
         seen = []
         while sum(map(len, seen)) < len(lengths):
-            seen.append(next(supply).tolist())
+            seen.append(next(batches).tolist())
         assert sorted(sum(seen, [])) == list(range(150)) and max(map(len, seen)) <= size
         rounds.append(seen)
     assert rounds[0] != rounds[1] != rounds[2]
@@ -165,14 +180,24 @@ def test_every_question_comes_once_before_any_comes_again(size):
 
 
 def test_questions_about_one_clip_come_by_fours():
-    dice = np.random.default_rng(0)
-    clips, lengths = dice.permutation(np.repeat(np.arange(20), 9)), dice.integers(5, 60, 180)
-    supply, seen, heard = train.batches(lengths, 16, dice, clips), [], []
+    rng = np.random.default_rng(0)
+    clips, lengths = rng.permutation(np.repeat(np.arange(20), 9)), rng.integers(5, 60, 180)
+    batches, seen, clip_counts = index_batches(lengths, 16, rng, clips), [], []
     while sum(map(len, seen)) < 180:
-        seen.append(next(supply).tolist())
-        heard.append(len(set(clips[seen[-1]])))
+        seen.append(next(batches).tolist())
+        clip_counts.append(len(set(clips[seen[-1]])))
     assert sorted(sum(seen, [])) == list(range(180))
-    assert sum(heard) < 180 * (3 / 9 + 0.1)  # nine are four, four and one; some are cut apart
+    # nine are four, four and one; a few groups are cut apart
+    assert sum(clip_counts) < 180 * (3 / 9 + 0.1)
+
+
+def test_the_batches_of_the_example_are_those_of_the_docstring():
+    sizes, clips = np.array([5, 3, 9, 4, 6, 2]), np.array([7, 7, 8, 7, 7, 7])
+    batches = {tuple(batch) for seed in range(9) for batch in islice(
+        index_batches(sizes, 4, np.random.default_rng(seed), clips), 2)}
+    assert batches == {(5, 1, 3, 0), (4, 2)}
+    for batch in batches:
+        assert f"[{' '.join(map(str, batch))}]" in index_batches.__doc__
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -180,56 +205,61 @@ def test_a_clip_heard_once_for_its_questions_is_as_if_heard_for_each(mode):
     model = audio_llm(mode).double()
     (one, two), items = batch_of(model)
     ids = torch.randint(300, (4, 6), generator=torch.Generator().manual_seed(0))
-    found = []
-    for given in ([one, two], [0, 1, 1, 0]), ([one, two, two, one], None):
+    results = []
+    for features, clip_index in ([one, two], [0, 1, 1, 0]), ([one, two, two, one], None):
         model.zero_grad()
-        hidden = model(given[0], ids, given[1])
+        hidden = model(features, ids, clip_index)
         hidden.square().sum().backward()
-        found.append([hidden] + [p.grad for p in model.parameters() if p.grad is not None])
-    assert len(found[0]) == len(found[1]) > 20
-    assert all((a - b).abs().max() < 1e-9 * (1 + b.abs().max()) for a, b in zip(*found))
+        results.append([hidden] + [p.grad for p in model.parameters() if p.grad is not None])
+    assert len(results[0]) == len(results[1]) > 20
+    assert all((a - b).abs().max() < 1e-9 * (1 + b.abs().max()) for a, b in zip(*results))
 
 
 # ---------------------------------------------------------------------------------- what is learnt
 
-def test_frozen_is_frozen_and_the_rest_learns(learn, sounds, watch):
-    learn()
-    start, end = watch[0][0], AudioLLM.load("out/lal/model.pt").state_dict()
-    stages = [start, watch[3][0], watch[6][0], end]  # after 0, 3, 6 and 9 steps
-    for part, learns in (("encoders", ()), ("connectors", (1, 2, 3)), ("llm", (2, 3))):
-        names = [name for name in start if name.startswith(part)]
-        assert names
-        for stage in (1, 2, 3):
-            changed = {n for n in names if not torch.equal(stages[stage - 1][n], stages[stage][n])}
-            assert changed if stage in learns else not changed
-    assert all(name.startswith("connectors") for name in watch[0][2])
-    assert not any(name.startswith("encoders") for name in watch[8][2])
-    assert "llm.model.embed_tokens.weight" in watch[8][2]
+def changes(states, part):
+    """The stages, 1 to 3, in which parameters of a part changed. states: before and after each."""
+    names = [name for name in states[0] if name.startswith(part)]
+    assert names
+    return [n for n, (a, b) in enumerate(zip(states, states[1:]), 1)
+            if any(not torch.equal(a[name], b[name]) for name in names)]
 
 
-@pytest.mark.parametrize("freeze, kept", [("ffn", ".mlp."), ("llm", "")])
-def test_what_is_to_stay_frozen_does_to_the_bit(freeze, kept, learn, sounds, watch):
-    stdout, *_ = learn("--freeze", freeze)
-    start, end = watch[0][0], AudioLLM.load("out/lal/model.pt").state_dict()
+def test_frozen_is_frozen_and_the_rest_learns(run_train, sounds, recorded):
+    run_train()
+    end = AudioLLM.load("out/lal/model.pt").state_dict()
+    states = [recorded[0][0], recorded[3][0], recorded[6][0], end]  # after 0, 3, 6 and 9 steps
+    assert changes(states, "encoders") == []
+    assert changes(states, "connectors") == [1, 2, 3]
+    assert changes(states, "llm") == [2, 3]
+    assert all(name.startswith("connectors") for name in recorded[0][2])
+    assert not any(name.startswith("encoders") for name in recorded[8][2])
+    assert "llm.model.embed_tokens.weight" in recorded[8][2]
+
+
+@pytest.mark.parametrize("freeze, pattern", [("ffn", ".mlp."), ("llm", "")])
+def test_what_is_to_stay_frozen_does_to_the_bit(freeze, pattern, run_train, sounds, recorded):
+    stdout, *_ = run_train("--freeze", freeze)
+    start, end = recorded[0][0], AudioLLM.load("out/lal/model.pt").state_dict()
     for name in start:
         if name.startswith("llm."):
-            assert torch.equal(start[name], end[name]) == (kept in name), name
-    assert all("connectors" in name or kept not in name for name in watch[8][2])
-    assert any(name.startswith("connectors") for name in watch[8][2])
+            assert torch.equal(start[name], end[name]) == (pattern in name), name
+    assert all("connectors" in name or pattern not in name for name in recorded[8][2])
+    assert any(name.startswith("connectors") for name in recorded[8][2])
     assert re.search("^llm feed-forward .* frozen$", stdout, re.M)
 
 
 def test_decay_pulls_at_matrices_alone():
     model = audio_llm("flamingo")
-    optimizer = train.optimizer_of(model, {"connectors": 0.1, "llm": 0.01})
+    optimizer = train.make_optimizer(model, {"connectors": 0.1, "llm": 0.01})
     before = {name: p.clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None  # what moves now is decay
     optimizer.step()
     lr = {"connectors": 0.1, "llm": 0.01, "encoders": 0}
     for name, p in model.named_parameters():
-        kept = 1 - lr[name.split(".")[0]] * 0.05 * (p.ndim > 1)
-        assert torch.allclose(p, before[name] * kept, rtol=1e-12, atol=0), name
+        factor = 1 - lr[name.split(".")[0]] * 0.05 * (p.ndim > 1)
+        assert torch.allclose(p, before[name] * factor, rtol=1e-12, atol=0), name
     still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
     assert {"llm.model.norm.weight", "connectors.flamingo.0.gates"} <= still
 
@@ -245,49 +275,53 @@ def test_the_stages_are_those_of_the_table_but_for_what_options_change():
     assert (one.steps, one.epochs, two.epochs, three.epochs) == (0, 0, 3, 3)
     assert {(s.batch, s.tasks) for s in (one, two, three)} == {(5, ("a", "b"))}
     assert [(s.steps, s.epochs) for s in stages(llm="x", steps2=7)] == [(0, 2), (7, 0), (0, 1)]
-    assert [s.rates for s in stages(connector_lr=5e-4, freeze="llm")] == [{"connectors": 5e-4}] * 3
-    assert [s.tasks for s in stages(tasks="all")] == [None] * 3
+    assert [s.rates for s in stages(freeze="llm")] == [{"connectors": 3e-3}] * 3
+    assert [s.tasks for s in stages(tasks="all")] == [("all",)] * 3
+    one, two, three = stages(train_encoders=True, lr=2e-3)
+    assert one.rates == train.SMALL[0].rates and two.rates == three.rates
+    assert two.rates == {"connectors": 6e-3, "llm": 2e-3, "encoders": 2e-4}
 
 
-def test_the_start_tells_what_is_trained_part_by_part(learn, sounds):
-    stdout, *_ = learn("--mode", "flamingo", "--flamingo-every", 2, steps=(1, 0, 1))
-    told = re.findall(r"^(.*?) +([\d,]+) parameters, (frozen|trained .*)$", stdout, re.M)
-    assert {part: what for part, _, what in told} == {
+def test_the_start_tells_what_is_trained_part_by_part(run_train, sounds):
+    stdout, *_ = run_train("--mode", "flamingo", "--config", "flamingo_every=2", steps=(1, 0, 1))
+    parts = re.findall(r"^(.*?) +([\d,]+) parameters, (frozen|trained .*)$", stdout, re.M)
+    assert {part: state for part, _, state in parts} == {
         "encoders.whisper": "frozen", "encoders.sslam": "frozen", "encoders.clap": "frozen",
         "connectors.whisper": "trained in stage 1, 3", "connectors.sslam": "trained in stage 1, 3",
         "connectors.clap": "trained in stage 1, 3",
         "connectors.flamingo": "trained in stage 1, 3",
         "llm feed-forward": "trained in stage 3", "llm, the rest": "trained in stage 3"}
-    count = {part: int(n.replace(",", "")) for part, n, _ in told}
+    count = {part: int(n.replace(",", "")) for part, n, _ in parts}
     model = AudioLLM.load("out/flamingo/model.pt")
     assert sum(count.values()) == sum(p.numel() for p in model.parameters())
     feed_forward = [p for block in model.llm.model.layers for p in block.mlp.parameters()]
     assert count["llm feed-forward"] == sum(p.numel() for p in feed_forward)
 
 
-@pytest.mark.parametrize("options, arm", [
-    ("--connector lfst --grid-steps 5 --grid-bands 3 --connector-layers 1",
-     Arm("lfst", grid_steps=5, grid_bands=3, connector_layers=1)),
-    ("--connector qformer --queries 3 --lal-layers 1: --audio-rope off",
-     Arm("qformer", queries=3, lal_layers="1:", audio_rope="off"))])
-def test_options_choose_the_arm_and_the_checkpoint_keeps_it(options, arm, learn, sounds, call):
-    learn(*options.split(), steps=(1, 0, 1))
-    assert AudioLLM.load("out/lal/model.pt").arm == arm
+@pytest.mark.parametrize("options, config", [
+    ("--connector lfst --config grid_steps=5,grid_bands=3,connector_layers=1",
+     IntegrationConfig("lfst", grid_steps=5, grid_bands=3, connector_layers=1)),
+    ("--connector qformer --config queries=3 --lal-layers 1: --audio-rope off",
+     IntegrationConfig("qformer", queries=3, lal_layers="1:", audio_rope="off"))])
+def test_options_choose_the_arm_and_the_checkpoint_keeps_it(options, config, run_train, sounds,
+                                                            call):
+    run_train(*options.split(), steps=(1, 0, 1))
+    assert AudioLLM.load("out/lal/model.pt").config == config
     code, stdout, _ = call(sample, "--audio", "a.wav", "--prompt", "What is it?")
     assert code == 0 and stdout.endswith("\n")
 
 
-def test_encoders_can_be_left_out_and_joined(learn, sounds):
+def test_encoders_can_be_left_out_and_joined(run_train, sounds):
     for options, names in (("--encoders clap,whisper", ["whisper", "clap"]),
                            ("", ["whisper", "sslam", "clap"]),
                            ("--connector auto", ["whisper", "lfst"])):
-        learn(*options.split())
+        run_train(*options.split())
         assert list(AudioLLM.load("out/lal/model.pt").connectors) == names
 
 
-def test_stages_teach_their_tasks(learn, sounds, watch):
-    learn(steps=(5, 5, 5))
-    tasks = [{q.split(", ")[1].split("?")[0] for q in batch} for _, batch, _ in watch]
+def test_stages_teach_their_tasks(run_train, sounds, recorded):
+    run_train(steps=(5, 5, 5))
+    tasks = [{q.split(", ")[1].split("?")[0] for q in batch} for _, batch, _ in recorded]
     assert set.union(*tasks[:5]) == {"classification"}
     assert set.union(*tasks[5:10]) == {"classification", "reasoning"}
     assert set.union(*tasks[10:]) == {"classification", "reasoning", "captioning"}
@@ -303,15 +337,15 @@ def exact():
 def batch_of(model):
     """Three items about two clips, everything of unequal length."""
     g = torch.Generator().manual_seed(0)
-    features = [{kind: torch.randn(n, 64, generator=g, dtype=torch.float64)
-                 for kind in train.WINDOWS} for n in (3, 7)]
+    features = [{kind: torch.randn(n, 64, generator=g, dtype=torch.float64) for kind in ENCODERS}
+                for n in (3, 7)]
     items = [item(clip=0, instruction="what is 3", output="said"),
              item(clip=1, instruction="what", output="3 or heard or 17"),
              item(clip=0, instruction="what is 5 said or heard 6", output="7")]
-    return features, train.with_ids(model.tokenizer, items)
+    return features, add_token_ids(model.tokenizer, items)
 
 
-@pytest.mark.parametrize("mode", ROUTES)
+@pytest.mark.parametrize("mode", UNTRAINED)
 def test_the_loss_is_that_of_the_answers_tokens_and_padding_changes_nothing(mode, exact):
     model = audio_llm(mode).double()
     features, items = batch_of(model)
@@ -326,81 +360,142 @@ def test_the_loss_is_that_of_the_answers_tokens_and_padding_changes_nothing(mode
         means.append(sum(surprise) / len(answer) ** 0.5)
     loss = train.answer_loss(model, features, items).item()
     assert abs(loss - np.mean(means)) < 1e-12
+    assert abs(train.answer_loss(model, features, items, 5).item() - sum(means) / 5) < 1e-12
     alone = [train.answer_loss(model, features, [i]).item() for i in items]
     assert np.allclose(alone, means, rtol=0, atol=1e-12)
 
 
-def test_blur_is_noise_of_its_size_that_step_and_clip_decide():
+def test_feature_noise_is_of_its_size_and_step_and_clip_decide_it():
     g = torch.Generator().manual_seed(0)
-    heard = {clip: {kind: size * torch.randn(300, 64, generator=g) + 7
-                    for kind, size in (("whisper", 1), ("sslam", 3))} for clip in ("a", "b")}
-    first, again, later = (train.blur(heard, 0.2, step) for step in (1, 1, 2))
-    for clip, kind in ((clip, kind) for clip in heard for kind in heard[clip]):
-        noise = first[clip][kind] - heard[clip][kind]
-        assert abs(noise.std() / heard[clip][kind].std() - 0.2) < 0.005 and abs(noise.mean()) < 0.01
+    features = {clip: {kind: size * torch.randn(300, 64, generator=g) + 7
+                       for kind, size in (("whisper", 1), ("sslam", 3))} for clip in ("a", "b")}
+    first, again, later = (train.add_feature_noise(features, 0.2, step) for step in (1, 1, 2))
+    for clip, kind in ((clip, kind) for clip in features for kind in features[clip]):
+        noise = first[clip][kind] - features[clip][kind]
+        assert abs(noise.std() / features[clip][kind].std() - 0.2) < 0.005
+        assert abs(noise.mean()) < 0.01
         assert torch.equal(first[clip][kind], again[clip][kind])
         assert not torch.allclose(first[clip][kind], later[clip][kind])
-    noise_a, noise_b = (first[clip]["sslam"] - heard[clip]["sslam"] for clip in heard)
-    assert abs(torch.corrcoef(torch.stack([noise_a.flatten(), noise_b.flatten()]))[0, 1]) < 0.05
-    assert train.blur(heard, 0, 1) is heard
+    noise = [(first[clip]["sslam"] - features[clip]["sslam"]).flatten() for clip in features]
+    assert abs(torch.corrcoef(torch.stack(noise))[0, 1]) < 0.05
+    assert train.add_feature_noise(features, 0, 1) is features
 
 
-def test_only_the_small_curriculum_blurs_unless_asked(learn, sounds):
-    assert not any(stage.blur for stage in train.curriculum(train.Options(llm="folder")))
-    blurred, plain = losses(learn()[2]), losses(learn("--blur", 0)[2])
-    assert [x for _, x, _ in blurred] != [x for _, x, _ in plain]
-
-
-def test_a_preparation_of_which_a_process_dies_says_so_and_keeps_what_was(refuses, monkeypatch):
-    Path("base.pt").write_text("precious")
-    monkeypatch.setattr(train, "teach", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
-    refuses(["killed", "--hear-clips"], train, "--prepare", "--base", "base.pt", "--read-steps", 1,
-            "--hear-clips", 1)
-    assert Path("base.pt").read_text() == "precious"
+def test_only_the_small_curriculum_adds_noise_unless_asked(run_train, sounds):
+    stages = train.curriculum(train.Options(llm="folder"))
+    assert not any(stage.feature_noise for stage in stages)
+    noisy, plain = losses(run_train()[2]), losses(run_train("--feature-noise", 0)[2])
+    assert [x for _, x, _ in noisy] != [x for _, x, _ in plain]
 
 
 def test_the_learning_rate_rises_once_and_falls_to_a_twentieth():
     for steps in (1, 2, 19, 400):
-        rates = [train.schedule(i, steps) for i in range(steps)]
+        rates = [cosine_schedule(i, steps) for i in range(steps)]
         peak = rates.index(1.0)
         assert peak <= steps // 20 and rates[:peak] == sorted(rates[:peak])
         assert rates[peak:] == sorted(rates[peak:], reverse=True) and min(rates) > 0.03
     assert rates[-1] < 0.051
 
 
+# ------------------------------------------------------------------------------- trained encoders
+
+def test_encoders_can_be_trained(run_train, sounds, recorded, monkeypatch):
+    """In the stages of the LLM, and not before; what is scored are their features of then."""
+    evaluated, exact_match = [], train.exact_match
+
+    def record(model, features, items):
+        evaluated.append((model, features))
+        return exact_match(model, features, items)
+
+    monkeypatch.setattr(train, "exact_match", record)
+    stdout, *_ = run_train("--train-encoders", "--encoders", "whisper,sslam")
+    end = AudioLLM.load("out/lal/model.pt")
+    states = [recorded[0][0], recorded[3][0], recorded[6][0], end.state_dict()]
+    for kind in ("whisper", "sslam"):
+        assert changes(states, f"encoders.{kind}") == [2, 3]
+        assert re.search(f"^encoders.{kind} .* trained in stage 2, 3$", stdout, re.M)
+    assert not end.encoders["whisper"].frozen
+    model, features = evaluated[-1]
+    for clip in features:
+        fresh, = end.features([lambda rate, clip=clip: load_audio(clip, rate)])
+        for kind in fresh:
+            assert torch.allclose(features[clip][kind], fresh[kind], atol=1e-5)
+            assert not torch.allclose(features[clip][kind], evaluated[0][1][clip][kind], atol=1e-5)
+
+
+def test_the_gradient_of_a_trained_encoder_is_the_slope_of_the_loss(base):
+    model = train.load_base(base, "lal", IntegrationConfig("mlp"), "whisper").double()
+    model.encoders["whisper"].frozen = False
+    train.make_optimizer(model, {"encoders": 1e-4})
+    items = add_token_ids(model.tokenizer, [item(clip=0)])
+    spectrogram, seconds = model.spectrograms(lambda rate: torch.randn(2 * rate))["whisper"]
+
+    def loss():
+        features = model.encode([{"whisper": (spectrogram.double(), seconds)}])
+        return train.answer_loss(model, dict(enumerate(features)), items)
+
+    loss().backward()
+    weight = model.encoders["whisper"].conv1.weight
+    direction, step = weight.grad / weight.grad.norm(), 1e-3
+    values = []
+    for sign in (1, -2):
+        weight.data += sign * step * direction
+        values.append(loss().item())
+    assert weight.grad.norm() > 0
+    slope = (values[0] - values[1]) / (2 * step)  # features are rounded to float32
+    assert abs(slope / weight.grad.norm() - 1) < 0.02
+
+
+def test_a_trained_encoder_of_a_file_of_its_own_is_in_the_checkpoint(run_train, sounds,
+                                                                    monkeypatch):
+    load = train.load_base
+
+    def loaded(*args):
+        model = load(*args)
+        model.encoders["whisper"].checkpoint_path = "whisper.pt"
+        return model
+
+    monkeypatch.setattr(train, "load_base", loaded)
+    for option, is_saved in (("--no-train-encoders", False), ("--train-encoders", True)):
+        options = ["--encoders", "whisper", "--train-encoders"][:2 + is_saved]
+        run_train(*options, steps=(1, 1, 0))
+        saved = torch.load("out/lal/model.pt", weights_only=True)["state"]
+        assert any(name.startswith("encoders.whisper") for name in saved) == is_saved
+
+
 # ----------------------------------------------------------------------------------------- scores
 
-@pytest.mark.parametrize("mode", ROUTES)
+@pytest.mark.parametrize("mode", UNTRAINED)
 def test_answers_in_batches_are_those_of_each_question_alone(mode, brief):
     model = audio_llm(mode)
     model.connectors.double()
     g = torch.Generator().manual_seed(0)
     features = [{kind: torch.randn(1 + (n + len(kind)) % 5, 64, generator=g, dtype=torch.float64)
-                 for kind in train.WINDOWS} for n in range(34)]  # two batches of clips
+                 for kind in ENCODERS} for n in range(34)]  # two batches of clips
     items = [item(clip=n, instruction=text) for text in ("what is 3 said", "or")
              for n in np.random.default_rng(0).permutation(34)]
-    found = train.answers(model, features, items)
-    for i, text in list(zip(items, found))[::3]:
+    answers = train.predict(model, features, items)
+    for i, text in list(zip(items, answers))[::3]:
         assert [text] == model.ask(model.hear([features[i["clip"]]]), [i["instruction"]])
-    assert len(set(found)) > 34
+    assert len(set(answers)) > 34
 
 
 class Parrot:
     """A model whose features are its answers."""
     def features(self, clips):
-        self.deaf_to = [clip(16000) for clip in clips]
+        self.silences = [clip(16000) for clip in clips]
         return ["silence"] * len(clips)
 
 
 @pytest.fixture
 def parrot(monkeypatch):
-    def answers(model, features, items, clip_of=lambda item: item["clip"]):
-        model.asked.append([clip_of(i) for i in items])
+    def predict(model, features, items, clip_of=lambda item: item["clip"]):
+        model.clips.append([clip_of(i) for i in items])
         return [features[clip_of(i)] for i in items]
 
-    monkeypatch.setattr(train, "answers", answers)
+    monkeypatch.setattr(train, "predict", predict)
     parrot = Parrot()
-    parrot.asked = []
+    parrot.clips = []
     return parrot
 
 
@@ -409,47 +504,47 @@ def question(clip, output, domain="x", task="t"):
 
 
 def test_the_table_is_a_count_by_hand(parrot, capsys):
-    heard = ["yes", "no", "yes", "silence"]  # what the model answers about clip 0, 1, 2, 3
+    features = ["yes", "no", "yes", "silence"]  # what the model answers about clip 0, 1, 2, 3
     items = [question(0, "yes"), question(0, "no"), question(1, "no"), question(1, "silence"),
              question(2, "yes", "y"), question(3, "no", "y", "u"), question(3, "silence", "y")]
     learnt = [question(0, word) for word in ("no", "no", "yes")] + [question(0, "yes", "y")]
-    rows = train.table(parrot, heard, items, learnt)
+    rows = train.evaluate(parrot, features, items, learnt)
     # the wrong clip of 0 is 1, of 1 is 0, of 2 is 3, of 3 is 2
     assert rows == {
-        "x t": {"questions": 4, "model": 1 / 2, "deaf": 1 / 4, "wrong clip": 1 / 4,
-                "commonest": 1 / 2},
-        "x all": {"questions": 4, "model": 1 / 2, "deaf": 1 / 4, "wrong clip": 1 / 4,
-                  "commonest": 1 / 2},
-        "y t": {"questions": 2, "model": 1.0, "deaf": 0.5, "wrong clip": 0.0, "commonest": 0.5},
-        "y u": {"questions": 1, "model": 0.0, "deaf": 0.0, "wrong clip": 0.0, "commonest": 0.0},
-        "y all": {"questions": 3, "model": 2 / 3, "deaf": 1 / 3, "wrong clip": 0.0,
-                  "commonest": 1 / 3},
-        "all all": {"questions": 7, "model": 4 / 7, "deaf": 2 / 7, "wrong clip": 1 / 7,
-                    "commonest": 3 / 7}}
+        "x t": {"questions": 4, "model": 1 / 2, "silence": 1 / 4, "wrong clip": 1 / 4,
+                "majority": 1 / 2},
+        "x all": {"questions": 4, "model": 1 / 2, "silence": 1 / 4, "wrong clip": 1 / 4,
+                  "majority": 1 / 2},
+        "y t": {"questions": 2, "model": 1.0, "silence": 0.5, "wrong clip": 0.0, "majority": 0.5},
+        "y u": {"questions": 1, "model": 0.0, "silence": 0.0, "wrong clip": 0.0, "majority": 0.0},
+        "y all": {"questions": 3, "model": 2 / 3, "silence": 1 / 3, "wrong clip": 0.0,
+                  "majority": 1 / 3},
+        "all all": {"questions": 7, "model": 4 / 7, "silence": 2 / 7, "wrong clip": 1 / 7,
+                    "majority": 3 / 7}}
     printed = capsys.readouterr().out
     line, = (line.split() for line in printed.splitlines() if line.startswith("all"))
     assert line == ["all", "all", "7", "57.1%", "28.6%", "14.3%", "42.9%"]
-    assert parrot.asked[1] == [0] * 7 and len(parrot.deaf_to) == 1
-    assert parrot.deaf_to[0].shape == (4 * 16000,) and not parrot.deaf_to[0].any()
+    assert parrot.clips[1] == [0] * 7 and len(parrot.silences) == 1
+    assert parrot.silences[0].shape == (4 * 16000,) and not parrot.silences[0].any()
 
 
 def test_the_wrong_clip_is_another_one_of_the_same_domain_if_there_is_one(parrot):
     items = [question(c, "yes", domain) for c, domain in enumerate("xyxzzzx") for _ in range(2)]
-    train.table(parrot, ["yes"] * 7, items, items)
+    train.evaluate(parrot, ["yes"] * 7, items, items)
     domain = dict(enumerate("xyxzzzx"))
-    wrong = {i["clip"]: clip for i, clip in zip(items, parrot.asked[2])}
+    wrong = {i["clip"]: clip for i, clip in zip(items, parrot.clips[2])}
     assert all(clip != other for clip, other in wrong.items())
     assert all(domain[clip] == domain[other] for clip, other in wrong.items() if clip != 1)
     for d in "xz":  # each clip is somebody's wrong clip
         clips = {c for c in domain if domain[c] == d}
         assert {wrong[c] for c in clips} == clips
-    rows = train.table(parrot, ["yes"], items[:2], items)
-    assert rows["all all"] == {"questions": 2, "model": 1.0, "deaf": 0.0, "commonest": 1.0}
+    rows = train.evaluate(parrot, ["yes"], items[:2], items)
+    assert rows["all all"] == {"questions": 2, "model": 1.0, "silence": 0.0, "majority": 1.0}
 
 
 def test_a_data_set_called_all_is_counted_once(parrot):
     items = [question(0, "yes", "all"), question(1, "yes", "all", "all")]
-    rows = train.table(parrot, ["yes", "no"], items, items)
+    rows = train.evaluate(parrot, ["yes", "no"], items, items)
     assert {key: row["questions"] for key, row in rows.items()} == {"all t": 1, "all all": 2}
 
 
@@ -461,31 +556,32 @@ def test_jsonl_is_read_item_by_item_as_the_list_is(sounds):
     text = "\n\n".join(json.dumps(i, ensure_ascii=n % 2 == 0) for n, i in enumerate(items))
     (sounds / "q.jsonl").write_text("\ufeff" + text, encoding="utf-8")  # as Windows has it
     (sounds / "q.json").write_text(json.dumps(items))
-    lines, whole = (train.Questions(sounds / name) for name in ("q.jsonl", "q.json"))
+    lines, whole = (QuestionList(sounds / name) for name in ("q.jsonl", "q.json"))
     assert list(lines) == list(whole) and len(lines) == 9
-    for stage in (train.Stage("", ("captioning",), {}, 1, 1), train.Stage("", None, {}, 1, 1)):
-        (one, sizes, _), (two, *_) = train.lessons(stage, lines), train.lessons(stage, whole)
-        assert one.tolist() == two.tolist() == [i for i, item in enumerate(items) if stage.tasks
-                                                is None or item["task"] in stage.tasks]
+    for tasks in (("captioning",), ("all",)):
+        stage = train.Stage("", tasks, {}, 1, 1)
+        (one, sizes, _), (two, *_) = (train.select_items(stage, x) for x in (lines, whole))
+        assert one.tolist() == two.tolist() == [
+            i for i, item in enumerate(items) if item["task"] in tasks or "all" in tasks]
         assert [len(json.dumps(items[i])) for i in one][-1] == sizes[-1]
-    assert len(train.lessons(train.Stage("", None, {}, 1), lines)[0]) == 0
 
 
-def test_many_bad_items_are_counted_and_can_be_left_out(sounds, refuses, learn, base):
+def test_many_bad_items_are_counted_and_can_be_left_out(sounds, refuses, run_train, base):
     items = json.loads((sounds / "q.json").read_text())
     bad = [{"audio_id": f"none{n}.wav", "instruction": "?", "output": "!"} for n in range(12)]
     (sounds / "bad.jsonl").write_text("\n".join(map(json.dumps, bad[:4] + items + bad[4:])))
     lines = refuses(["bad.jsonl", "12 items", "--skip-bad"], train, "--base", base, "--data",
                     "bad.jsonl")
-    told = [line for line in lines if "none" in line]
-    assert len(told) == 10 and "line 1:" in told[0] and "line 14" in told[4]
+    complaints = [line for line in lines if "none" in line]
+    assert len(complaints) == 10 and "line 1:" in complaints[0] and "line 14" in complaints[4]
     lines = refuses(["v.json", "3 items"], train, "--base", base, "--data", "v.json",
                     "--audio-root", "none")
-    assert "item 0" in lines[0] and "none/a.wav" in lines[0]
-    _, stderr, mended = learn("--skip-bad", data=("--data", "bad.jsonl", "--val-data", "v.json"))
+    assert "item 0" in lines[0] and str(Path("none/a.wav")) in lines[0]
+    _, stderr, mended = run_train("--skip-bad",
+                                  data=("--data", "bad.jsonl", "--val-data", "v.json"))
     assert "12 items cannot be used, the first 10 are above; 9 stay" in stderr
     (sounds / "good.jsonl").write_text("\n".join(map(json.dumps, items)))
-    good = learn(data=("--data", "good.jsonl", "--val-data", "v.json"))[2]
+    good = run_train(data=("--data", "good.jsonl", "--val-data", "v.json"))[2]
     assert losses(good) == losses(mended)
 
 
@@ -499,10 +595,52 @@ def test_an_item_of_jsonl_costs_a_few_bytes_of_memory(sounds):
     line = json.dumps(item("a.wav", instruction="What is it? " * 20)) + "\n"
     (sounds / "long.jsonl").write_text(line * 20000)
     tracemalloc.start()
-    items = train.Questions(sounds / "long.jsonl")
-    held = tracemalloc.get_traced_memory()[0]
+    items = QuestionList(sounds / "long.jsonl")
+    allocated = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert len(items) == 20000 and held < 20 * 20000 + 50000  # the file has 300 bytes an item
+    # the file has 300 bytes an item
+    assert len(items) == 20000 and allocated < 20 * 20000 + 50000
+
+
+@pytest.mark.parametrize("data", ["own", "world"])
+def test_the_feature_cache_gives_the_same_losses_without_hearing_again(data, run_train, sounds,
+                                                                       monkeypatch):
+    world = {"data": ()} if data == "world" else {}
+    options = WORLD if data == "world" else ()
+    plain = run_train(*options, **world, steps=(1, 1, 1))[2]
+    first = run_train(*options, "--feature-cache", "cache", **world, steps=(1, 1, 1))[2]
+    files = {path: path.stat().st_mtime_ns for path in Path("cache").iterdir()}
+    assert len(files) == (3 if data == "world" else 2)
+    monkeypatch.setattr(train, "extract_features", None)
+    stdout, _, second = run_train(*options, "--feature-cache", "cache", **world, steps=(1, 1, 1))
+    assert stdout.count("features are read from") == len(files)
+    assert {path: path.stat().st_mtime_ns for path in Path("cache").iterdir()} == files
+    assert losses(plain) == losses(first) == losses(second)
+    assert plain[-1]["scores"] == first[-1]["scores"] == second[-1]["scores"]
+
+
+def test_the_feature_cache_knows_what_features_depend_on(base, sounds, monkeypatch):
+    """Another world, list, sound, connector's pool size, encoder or base has a file of its own."""
+    hearings, base = [], Path(shutil.copy(base, sounds))
+    monkeypatch.setattr(train, "extract_features", lambda *a: hearings.append(a) or {0: {}})
+
+    def load(**changes):
+        options = train.Options(base=str(base), clips=2, test_clips=2,
+                                feature_cache=str(sounds / "cache"), **changes)
+        model = train.load_base(options.base, "lal", train.make_config(options), options.encoders)
+        split, *_ = train.load_data(options, model.tokenizer)
+        train.load_features(model, split, options)
+        return len(hearings)
+
+    worlds = [{}, {"seed": 1}, {"difficulty": 0}, {"connector": "lfst"}, {"encoders": "sslam,clap"},
+              {"data": str(sounds / "q.json")}, {"data": str(sounds / "v.json")}]
+    assert [load(**changes) for changes in worlds] == [1, 2, 3, 4, 5, 6, 7]
+    # what they do not depend on
+    assert [load(mode="pal", freeze="llm", lr=0.1, **changes) for changes in worlds] == [7] * 7
+    write_wav(sounds / "a.wav", 1.0, 8000, 1, seed=9)
+    assert load(data=str(sounds / "q.json")) == 8
+    os.utime(base, (0, 0))  # as another file's would be
+    assert load() == 9
 
 
 # -------------------------------------------------------------------------- what cannot be trained
@@ -556,7 +694,11 @@ def test_a_bad_base_is_one_line_and_overwrites_nothing(refuses, sounds, earlier,
     ("--mode plits --audio-rope off", ["audio-rope", "plits"]),
     ("--connector flst", ["--connector", "lfst"]),
     ("--freeze some", ["--freeze", "ffn"]),
-    ("--queries 0", ["--queries 0", "1 to"]),
+    ("--config queries=0", ["--config queries=0", "from 1 to"]),
+    ("--config queries=3,quarries=3", ["--config quarries=3", "queries="]),
+    ("--config grid_steps", ["--config grid_steps", "number"]),
+    ("--config queries=2.5", ["--config queries=2.5", "number"]),
+    ("--config connector=mlp", ["--config connector=mlp"]),
     ("--encoders ears", ["--encoders ears", "whisper, sslam, clap"]),
     ("--difficulty 3", ["--difficulty 3", "0 to 2"]),
     ("--data=", ["--data is empty"]),
@@ -569,10 +711,10 @@ def test_a_bad_base_is_one_line_and_overwrites_nothing(refuses, sounds, earlier,
     ("--seed -1", ["--seed -1"]),
     ("--lr nan", ["--lr nan"]),
     ("--lr -1", ["--lr -1"]),
-    ("--prepare --hear-clips 0", ["--hear-clips 0"]),
     ("--device nonsense", ["--device nonsense"]),
     ("--val-data v.json", ["--val-data", "--data", "missing"]),
     ("--audio-root .", ["--audio-root", "--data", "missing"]),
+    ("--data q.json --no-keep-features", ["--no-keep-features", "--val-data"]),
     ("--steps1 0 --steps2 0 --steps3 0", ["nothing to train"]),
     ("--out a.wav", ["a.wav", "exists"]),
     ("--out a.wav/x", ["a.wav", "irectory"]),
@@ -582,15 +724,16 @@ def test_bad_options_overwrite_nothing(options, words, refuses, sounds, earlier,
     assert len(refuses(words, train, *brief.split(), *options.split())) == 1
 
 
-def test_own_questions_without_tasks_of_a_stage_leave_it_out(learn, refuses, sounds, base):
+def test_own_questions_without_tasks_of_a_stage_leave_it_out(run_train, refuses, sounds, base):
     (sounds / "plain.json").write_text(json.dumps([item()]))
-    stdout, _, lines = learn(data=("--data", "plain.json"))
+    stdout, _, lines = run_train(data=("--data", "plain.json"))
     assert stdout.count("left out") == 2 and lines[-2]["step"] == 3
     refuses(["nothing to train"], train, "--base", base, "--data", "plain.json", "--steps3", 0)
 
 
-def test_a_training_that_explodes_stops_before_it_saves(learn, refuses, sounds, base, monkeypatch):
-    learn()
+def test_a_training_that_explodes_stops_before_it_saves(run_train, refuses, sounds, base,
+                                                       monkeypatch):
+    run_train()
     left, metrics = (Path("out/lal", name).read_bytes() for name in ("model.pt", "metrics.jsonl"))
     answer_loss = train.answer_loss
     monkeypatch.setattr(train, "answer_loss", lambda *a: answer_loss(*a) * float("inf"))
@@ -602,15 +745,15 @@ def test_a_training_that_explodes_stops_before_it_saves(learn, refuses, sounds, 
 
 # ------------------------------------------------------------------------------------ broken off
 
-def test_a_save_that_is_broken_off_leaves_the_last_checkpoint(learn, call, sounds, base,
+def test_a_save_that_is_broken_off_leaves_the_last_checkpoint(run_train, call, sounds, base,
                                                              monkeypatch):
-    learn()
+    run_train()
     left = Path("out/lal/model.pt").read_bytes()
 
     def broken(*paths):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(integrate.os, "replace", broken)
+    monkeypatch.setattr(weights.os, "replace", broken)
     code, _, stderr = call(train, "--base", base, "--data", "q.json", "--steps1", 1, "--seed", 5,
                            "--device", "cpu")
     assert code == 130 and stderr.splitlines()[-1].startswith("stopped")
@@ -618,6 +761,7 @@ def test_a_save_that_is_broken_off_leaves_the_last_checkpoint(learn, call, sound
     assert AudioLLM.load("out/lal/model.pt").mode == "lal"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT for one process alone")
 def test_ctrl_c_leaves_the_last_checkpoint(sounds, base):
     command = [sys.executable, ROOT / "train.py", "--base", base, "--data", "q.json",
                "--val-data", "v.json", "--batch", "2", "--device", "cpu",
@@ -637,7 +781,7 @@ def test_ctrl_c_leaves_the_last_checkpoint(sounds, base):
     finally:
         process.kill()
     assert process.returncode == 130 and "Traceback" not in stderr
-    assert stderr.splitlines()[-1].startswith("stopped")
+    assert stderr.splitlines()[-1].startswith("stopped") and "--resume goes on" in stderr
     saved = torch.load(sounds / "out" / "lal" / "model.pt", weights_only=True)
     assert saved["step"] == 1
     assert AudioLLM.load(sounds / "out" / "lal" / "model.pt").mode == "lal"
@@ -645,6 +789,7 @@ def test_ctrl_c_leaves_the_last_checkpoint(sounds, base):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
     model = audio_llm("lal")
     model.save(tmp_path / "m.pt", step=1)
     whole = (tmp_path / "m.pt").read_bytes()
@@ -661,8 +806,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
 
 
 @pytest.fixture
-def stops(learn, call, base, monkeypatch):
-    """stops(after, how) is learn(), broken off after so many steps and then resumed."""
+def interrupt(run_train, call, base, monkeypatch):
+    """interrupt(after, how) is run_train(), broken off after so many steps and then resumed."""
     def run(after, how, *options):
         answer_loss, calls = train.answer_loss, []
 
@@ -670,17 +815,18 @@ def stops(learn, call, base, monkeypatch):
             calls.append(1)
             if len(calls) == after + 1 and how == "killed":
                 raise KeyboardInterrupt
-            if len(calls) == after and how == "asked":
-                os.kill(os.getpid(), signal.SIGTERM)
+            if len(calls) == after and how == "signalled":
+                signal.raise_signal(signal.SIGTERM)
             return answer_loss(*args)
 
         monkeypatch.setattr(train, "answer_loss", broken)
         code, _, stderr = call(train, "--base", base, "--device", "cpu", "--batch", 2, "--data",
                                "q.json", "--val-data", "v.json", *options,
                                *"--steps1 3 --steps2 3 --steps3 3 --save-every 2".split())
-        assert code == 130 and "Traceback" not in stderr and len(calls) == after + (how == "killed")
+        assert code == 130 and "Traceback" not in stderr
+        assert len(calls) == after + (how == "killed")
         monkeypatch.setattr(train, "answer_loss", answer_loss)
-        return learn("--resume", *options)[2]
+        return run_train("--resume", *options)[2]
 
     return run
 
@@ -692,20 +838,23 @@ def outcome(lines):
     return lines, torch.load("out/lal/model.pt", weights_only=True)["state"]
 
 
-@pytest.mark.parametrize("after, how", [(2, "killed"), (4, "killed"), (4, "asked"), (9, "asked")])
+@pytest.mark.parametrize("after, how, options", [
+    (2, "killed", ""), (4, "killed", ""), (4, "signalled", ""), (9, "signalled", ""),
+    (5, "killed", "--train-encoders --encoders clap"), (5, "signalled", "--no-keep-features")])
 def test_a_training_broken_off_and_resumed_is_the_unbroken_one_to_the_bit(
-        after, how, stops, learn, sounds):
-    lines, weights = outcome(learn()[2])
-    again, resumed = outcome(stops(after, how))
-    assert again == lines and the_same(weights, resumed)
+        after, how, options, interrupt, run_train, sounds):
+    options = options.split()
+    lines, state = outcome(run_train(*options)[2])
+    again, resumed = outcome(interrupt(after, how, *options))
+    assert again == lines and the_same(state, resumed)
     assert not list(Path("out/lal").glob("step-*"))  # finished: nothing to resume
 
 
-def test_stages_one_by_one_are_all_of_them_at_once(learn, sounds):
-    lines, weights = outcome(learn()[2])
-    parts = [learn("--stage", stage)[2] for stage in "123"][-1]
+def test_stages_one_by_one_are_all_of_them_at_once(run_train, sounds):
+    lines, state = outcome(run_train()[2])
+    parts = [run_train("--stage", stage)[2] for stage in "123"][-1]
     parts, apart = outcome(parts)
-    assert the_same(weights, apart)
+    assert the_same(state, apart)
     assert [line for line in parts if "scores" not in line] == lines[:-1]
 
 
@@ -713,13 +862,13 @@ def test_stages_one_by_one_are_all_of_them_at_once(learn, sounds):
 def unfinished(call, base, sounds, monkeypatch):
     """The options of a training that was asked to stop after four steps."""
     brief = ["--base", base, "--device", "cpu", "--data", "q.json", "--val-data", "v.json",
-             "--batch", 2, *"--steps1 3 --steps2 300 --keep 1 --save-every 1".split()]
+             "--batch", 2, *"--steps1 3 --steps2 300 --save-every 1".split()]
     answer_loss, calls = train.answer_loss, []
 
     def broken(*args):
         calls.append(1)
         if len(calls) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return answer_loss(*args)
 
     with monkeypatch.context() as patch:
@@ -732,12 +881,12 @@ def test_what_cannot_be_gone_on_with_says_so_and_overwrites_nothing(unfinished, 
     folder = Path("out/lal")
     left = {path: path.read_bytes() for path in folder.iterdir()}
     assert sorted(path.name for path in left) == [
-        "metrics.jsonl", "model.pt", "stage1.pt", "step-00000004.pt"]
-    newest = "out/lal/step-00000004.pt"
+        "metrics.jsonl", "model.pt", "stage1.pt", "step-00000003.pt", "step-00000004.pt"]
+    newest = str(folder / "step-00000004.pt")
     refuses([newest, "--resume"], train, *unfinished)
     refuses([newest, "--lr", "0.5"], train, *unfinished, "--resume", "--lr", 0.5)
     refuses(["out/new", "--resume"], train, *unfinished, "--resume", "--out", "out/new")
-    refuses(["out/new/stage1.pt", "--stage 1"], train, *unfinished, "--stage", 2,
+    refuses([str(Path("out/new/stage1.pt")), "--stage 1"], train, *unfinished, "--stage", 2,
             "--out", "out/new")
     os.mkdir("out/pal")
     os.link("out/lal/stage1.pt", "out/pal/stage1.pt")
@@ -747,48 +896,51 @@ def test_what_cannot_be_gone_on_with_says_so_and_overwrites_nothing(unfinished, 
     assert {path: path.read_bytes() for path in folder.iterdir()} == left
 
 
-def be_killed(folder, options):
+def train_to_be_killed(folder, options):
     """What train.py does with these options, in a process that has imported all it needs."""
     os.chdir(folder)
     torch.set_num_threads(1)
     sys.argv, sys.stdout, sys.stderr = ["train.py", *options], *[open(os.devnull, "w")] * 2
-    sample.command_line(train.Options, train.__doc__, train.main)
+    command_line(train.Options, train.__doc__, train.main)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(),
+                    reason="needs forkserver")
 def test_killed_twenty_times_it_ends_with_the_very_losses(sounds, base):
     options = ["--base", str(base), "--data", "q.json", "--val-data", "v.json", "--batch", "2",
                "--device", "cpu", "--save-every", "1", *"--steps1 21 --steps2 21".split(),
                "--steps3", "100"]
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(["test_train"])
-    folder, dice, torn, lives = sounds / "out" / "lal", np.random.default_rng(0), 0, []
+    folder, rng, torn, exits = sounds / "out" / "lal", np.random.default_rng(0), 0, []
 
     def start(*more):
-        resume = ["--resume"] if train.kept(folder) and not more else []
-        process = fork.Process(target=be_killed, args=(sounds, [*options, *resume, *more]))
+        resume = ["--resume"] if train.list_steps(folder) and not more else []
+        process = fork.Process(target=train_to_be_killed,
+                               args=(sounds, [*options, *resume, *more]))
         process.start()
         return process
 
     whole = start("--out", "whole")
     whole.join()
     for kill in range(20):
-        process, before = start(), train.kept(folder)[-1:]
-        while train.kept(folder)[-1:] == before and process.is_alive():
+        process, before = start(), train.list_steps(folder)[-1:]
+        while train.list_steps(folder)[-1:] == before and process.is_alive():
             time.sleep(0.001)  # let it save once, so that all twenty lives come to the end
-        time.sleep(dice.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.1))
         while kill % 2 and not list(folder.glob("*.tmp")) and process.is_alive():
             pass  # and of half of them wait for the next writing
         process.kill()
         process.join()
-        lives.append(process.exitcode)
+        exits.append(process.exitcode)
         torn += any(folder.glob("*.tmp"))
-        newest = train.kept(folder)[-1]
-        integrate.load_checkpoint(newest, integrate.FORMAT)
+        newest = train.list_steps(folder)[-1]
+        weights.load_checkpoint(newest, CHECKPOINT_FORMAT)
         assert newest > (before or [newest.parent])[0]
         for path in folder.glob("[!s]*.pt"):
             assert AudioLLM.load(path)
-    assert lives == [-signal.SIGKILL] * 20 and torn >= 5
+    assert exits == [-signal.SIGKILL] * 20 and torn >= 5
     last = start()
     last.join()
     assert whole.exitcode == last.exitcode == 0 and not list(folder.glob("*.tmp"))
@@ -801,9 +953,9 @@ def test_killed_twenty_times_it_ends_with_the_very_losses(sounds, base):
 
 # ------------------------------------------------------------------- in parts, and elsewhere
 
-def close(lines, others, far=1e-6):
+def close(lines, others, tolerance=1e-6):
     a, b = np.array(losses(lines)), np.array(losses(others))
-    return a.shape == b.shape and np.allclose(a[:, :2], b[:, :2], rtol=0, atol=far)
+    return a.shape == b.shape and np.allclose(a[:, :2], b[:, :2], rtol=0, atol=tolerance)
 
 
 def in_float64(setattr=setattr):
@@ -816,20 +968,21 @@ def in_float64(setattr=setattr):
         model.llm.double(), model.connectors.double()
         return model
 
-    def encoded(model, fronts):
-        return [{k: t.double() for k, t in clip.items()} for clip in encode(model, fronts)]
+    def encoded(model, spectrograms):
+        return [{kind: x.double() for kind, x in clip.items()}
+                for clip in encode(model, spectrograms)]
 
     setattr(train, "load_base", loaded)
     setattr(AudioLLM, "encode", encoded)
 
 
 @pytest.mark.parametrize("data", ["own", "world"])
-def test_a_batch_in_parts_is_the_batch_at_once(data, learn, sounds, monkeypatch):
+def test_a_batch_in_parts_is_the_batch_at_once(data, run_train, sounds, monkeypatch):
     in_float64(monkeypatch.setattr)
     options = () if data == "own" else ("--clips", 4, "--test-clips", 2)
     kind = {"data": ()} if data == "world" else {}
-    whole = learn(*options, "--batch", 5, steps=(0, 0, 11), **kind)[2]
-    parts = learn(*options, "--batch", 5, "--micro", 2, steps=(0, 0, 11), **kind)[2]
+    whole = run_train(*options, "--batch", 5, steps=(0, 0, 11), **kind)[2]
+    parts = run_train(*options, "--batch", 5, "--micro", 2, steps=(0, 0, 11), **kind)[2]
     assert len(losses(whole)) == 2 and close(whole, parts) and losses(whole) != losses(parts)
 
 
@@ -837,25 +990,55 @@ def test_a_batch_in_parts_is_the_batch_at_once(data, learn, sounds, monkeypatch)
 def test_the_parts_of_a_batch_are_all_of_it_and_its_answers_are_counted(workers):
     items = [{"pairs": [(f"{i} ", "yes")] * (1 + i)} if i % 2 else
              {"instruction": f"{i}", "output": "yes"} for i in range(6)]
-    supply = [np.array([3, 0, 5, 1, 4]), np.array([2])]
-    ready = train.Ready(items, audio_llm("lal").tokenizer)
-    found = list(train.in_parts(iter(supply), ready, train.Options(micro=2, workers=workers)))
-    assert [answers for answers, _ in found] == [4 + 1 + 6 + 2 + 1, 1]
-    assert [[len(some) for some, _ in parts] for _, parts in found] == [[2, 2, 1], [1]]
-    for batch, (_, parts) in zip(supply, found):
-        ids = [item["ids"] for some, count in parts for item in some if count]
-        assert ids == [ready[i]["ids"] for i in batch]
+    batches = [np.array([3, 0, 5, 1, 4]), np.array([2])]
+    dataset = ItemDataset(train.Split({}, items, "", {}), audio_llm("lal"))
+    options = train.Options(micro=2, workers=workers)
+    loaded = list(load_batches(iter(batches), dataset, options))
+    assert [{part.answers for part in parts} for parts in loaded] == [{4 + 1 + 6 + 2 + 1}, {1}]
+    assert [[len(part.items) for part in parts] for parts in loaded] == [[2, 2, 1], [1]]
+    add_token_ids(dataset.tokenizer, items)
+    for batch, parts in zip(batches, loaded):
+        assert [i["ids"] for part in parts for i in part.items] == [items[i]["ids"] for i in batch]
 
 
-TWO = """import sys
+def test_processes_share_a_batch_and_each_has_parts_of_every_one():
+    items = [{}] * 9
+    batches = [np.array([4, 0, 8, 1, 3]), np.array([2])]
+    shares = [list(microbatches(batches, items, 2, rank, 3)) for rank in range(3)]
+    assert [[part.items for part in share] for share in shares] == [
+        [[4, 0], [2]], [[8, 1], []], [[3], []]]
+    for share in shares:
+        assert [part.answers for part in share] == [5, 1] and all(part.last for part in share)
+    parts = list(microbatches(batches, items, 2))
+    assert [(part.items, part.last) for part in parts] == [
+        ([4, 0], False), ([8, 1], False), ([3], True), ([2], True)]
+
+
+def test_a_part_hears_each_of_its_clips_once_and_in_order(sounds):
+    questions, model = QuestionList(sounds / "q.json"), audio_llm("lal")
+    dataset = ItemDataset(train.Split({}, questions, ""), model)
+    part, = microbatches([np.array([7, 1, 6, 0, 2])], questions, 9)
+    loaded = dataset[part]
+    assert [path.name for path in loaded.spectrograms] == ["c.wav", "a.wav"]
+    spectrograms = model.spectrograms(lambda rate: load_audio(sounds / "a.wav", rate))
+    for kind, (spectrogram, seconds) in spectrograms.items():
+        mine, own_seconds = loaded.spectrograms[sounds / "a.wav"][kind]
+        assert torch.equal(mine, spectrogram) and own_seconds == seconds
+
+
+TWO = """import os, sys
 sys.path[:0] = {path}
-import sample, test_train, train
+import test_train, train
+from lib.cli import command_line
 test_train.in_float64()
-sample.command_line(train.Options, train.__doc__, train.main)
+calls, answer_loss = [], train.answer_loss
+train.answer_loss = lambda *a: calls.append(1) or answer_loss(*a)
+command_line(train.Options, train.__doc__, train.main)
+print(len(calls), file=open("calls" + os.environ["RANK"], "w"))
 """
 
 
-def test_two_processes_are_one_with_twice_the_parts(learn, sounds, base, monkeypatch):
+def test_two_processes_are_one_with_twice_the_parts(run_train, sounds, base, monkeypatch):
     steps = "--steps1 1 --steps2 0 --steps3 11".split()
     options = ["--data", "q.json", "--val-data", "v.json", "--batch", "3", "--micro", "1"]
     (sounds / "two.py").write_text(TWO.format(path=[str(ROOT), str(ROOT / "tests")]))
@@ -867,32 +1050,37 @@ def test_two_processes_are_one_with_twice_the_parts(learn, sounds, base, monkeyp
     assert done.stdout.count("stage 3: trains") == 1  # the first speaks for both
     two = [json.loads(line) for line in (sounds / "two" / "metrics.jsonl").read_text().splitlines()]
     in_float64(monkeypatch.setattr)
-    one = learn(*options[4:], steps=(1, 0, 11))[2]
-    assert len(losses(one)) == 3 and close(one, two) and losses(one) != losses(two)
+    one = run_train(*options[4:], steps=(1, 0, 11))[2]
+    assert len(losses(one)) == 3 and close(one, two)
+    # of the three parts of each of twelve steps one process has run two, the other one
+    assert [int((sounds / f"calls{rank}").read_text()) for rank in (0, 1)] == [24, 12]
     assert {p.name for p in (sounds / "two").iterdir()} == {
         "metrics.jsonl", "model.pt", "stage1.pt", "stage3.pt"}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_encoders_in_the_loop_give_what_kept_features_give(workers, learn, sounds):
-    kept = learn()[2]
-    there = learn("--no-keep-features", "--workers", workers)[2]
-    assert close(kept, there, 1e-5)
+@pytest.mark.parametrize("data, workers", [("own", 0), ("own", 2), ("world", 0)])
+def test_encoders_in_the_loop_give_what_kept_features_give(data, workers, run_train, sounds):
+    world = {"data": ()} if data == "world" else {}
+    options = WORLD if data == "world" else ()
+    kept = run_train(*options, **world)[2]
+    encoded = run_train(*options, "--workers", workers, "--no-keep-features", **world)[2]
+    assert close(kept, encoded, 1e-5)
 
 
 def test_clips_heard_side_by_side_are_each_heard_as_if_alone(base, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    model = train.load_base(base, "lal", train.WINDOWS)
-    clips, _ = train.world("train", 11, 0)
-    heard = train.hear_all(model, clips)
-    assert list(heard) == list(clips)
+    model = train.load_base(base, "lal")
+    clips, _ = load_world("train", 11, 0)
+    features = train.extract_features(model, clips)
+    assert list(features) == list(clips)
     for clip in (0, 3, 4, 10):
         alone, = model.features([clips[clip]])
-        assert all(torch.allclose(heard[clip][kind], alone[kind], atol=1e-5) for kind in alone)
+        assert all(torch.allclose(features[clip][kind], alone[kind], atol=1e-5) for kind in alone)
 
 
-def test_workers_change_nothing_and_a_bad_sound_in_one_is_one_line(learn, sounds, refuses, base):
-    plain, ahead = learn()[2], learn("--workers", 2)[2]
+def test_workers_change_nothing_and_a_bad_sound_in_one_is_one_line(run_train, sounds, refuses,
+                                                                  base):
+    plain, ahead = run_train()[2], run_train("--workers", 2)[2]
     assert losses(plain) == losses(ahead)
     (sounds / "c.wav").write_bytes((sounds / "c.wav").read_bytes()[:999])
     lines = refuses(["c.wav", "truncated"], train, "--base", base, "--data", "q.json", "--val-data",
@@ -900,42 +1088,36 @@ def test_workers_change_nothing_and_a_bad_sound_in_one_is_one_line(learn, sounds
     assert len([line for line in lines if "c.wav" in line]) == 1
 
 
-def test_computing_again_saves_memory_and_changes_nothing(learn, sounds):
-    assert losses(learn()[2]) == losses(learn("--recompute")[2])
+def test_computing_again_saves_memory_and_changes_nothing(run_train, sounds):
+    assert losses(run_train()[2]) == losses(run_train("--recompute")[2])
     model = audio_llm("lal")
-    held = []
+    sizes = []
     x = torch.randn(1, 50, model.llm.config.hidden_size, dtype=torch.float64, requires_grad=True)
     for again in (False, True):
-        train.lighten(model, again, False)
-        kept = []
+        if again:
+            train.wrap_mlps(model)
+        saved = []
         with torch.autograd.graph.saved_tensors_hooks(
-                lambda t: kept.append(t.numel()) or t, lambda t: t):
+                lambda t: saved.append(t.numel()) or t, lambda t: t):
             model.llm.model.layers[0].mlp(x)
-        held.append(sum(kept))
-    assert held[1] < held[0] / 2
+        sizes.append(sum(saved))
+    assert sizes[1] < sizes[0] / 2
 
 
-def test_epochs_and_tasks_take_the_place_of_steps_and_of_the_stages_own(learn, sounds, watch):
-    learn("--epochs", 2, "--tasks", "captioning,reasoning", "--stage", 1)
-    assert len(watch) == 6  # twice six questions, two a step
-    assert Counter(sum((batch for _, batch, _ in watch), [])) == {
+def test_epochs_and_tasks_take_the_place_of_steps_and_of_the_stages_own(run_train, sounds,
+                                                                       recorded):
+    run_train("--epochs", 2, "--tasks", "captioning,reasoning", "--stage", 1)
+    assert len(recorded) == 6  # twice six questions, two a step
+    assert Counter(sum((batch for _, batch, _ in recorded), [])) == {
         f"What is it, {task}?{name} {name}": 2
         for name in "abc" for task in ("captioning", "reasoning")}
 
 
-def test_bfloat16_is_near_to_float32(learn, sounds):
-    plain, half = losses(learn()[2]), losses(learn("--dtype", "bfloat16")[2])
+def test_bfloat16_is_near_to_float32(run_train, sounds, monkeypatch):
+    plain = losses(run_train()[2])
+    monkeypatch.setattr(train, "PRECISION", "bfloat16")
+    half = losses(run_train()[2])
     assert half != plain and np.allclose([x[1] for x in plain], [x[1] for x in half], rtol=0.05)
-
-
-# -------------------------------------------------------------------------------------- the base
-
-def test_the_base_that_comes_with_the_code_loads_and_hears():
-    model = train.load_base(ROOT / "assets" / "base.pt", "pal", train.WINDOWS)
-    clip = train.world("test", 1, 0)[0][0]
-    features, = model.features([clip])
-    assert all(tokens.isfinite().all() and tokens.std() > 0 for tokens in features.values())
-    assert isinstance(model.ask(model.hear([features]), ["What do you hear?"])[0], str)
 
 
 # ---------------------------------------------------------------------------------------- speed
@@ -945,18 +1127,18 @@ def test_a_step_of_lal_takes_half_the_time_of_one_of_plits_or_less(base):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     modes, best = ("plits", "lal"), {}
-    clips, items = train.world("train", 32, 0)
-    arm = train.arm_of(train.Options())
-    models = {mode: train.load_base(base, mode, train.WINDOWS, arm=arm) for mode in modes}
+    clips, items = load_world("train", 32, 0)
+    config = train.make_config(train.Options())
+    models = {mode: train.load_base(base, mode, config) for mode in modes}
     features = models["lal"].features(clips.values())
-    items = train.with_ids(models["lal"].tokenizer, items)
-    about = [[item for item in items if item["clip"] == clip] for clip in range(32)]
-    dice = np.random.default_rng(0)
+    items = add_token_ids(models["lal"].tokenizer, items)
+    by_clip = [[item for item in items if item["clip"] == clip] for clip in range(32)]
+    rng = np.random.default_rng(0)
     # questions about 32 clips: none is heard for two
-    batches = [[some[dice.integers(len(some))] for some in about] for _ in range(8)]
+    batches = [[subset[rng.integers(len(subset))] for subset in by_clip] for _ in range(8)]
     optimizers = {}
     for mode, model in models.items():
-        optimizers[mode] = train.optimizer_of(model, {"connectors": 1e-4, "llm": 1e-4})
+        optimizers[mode] = train.make_optimizer(model, {"connectors": 1e-4, "llm": 1e-4})
     for batch in batches:
         for mode, model in models.items():
             began = time.perf_counter()
@@ -971,40 +1153,14 @@ def test_a_step_of_lal_takes_half_the_time_of_one_of_plits_or_less(base):
 
 
 @pytest.mark.slow
-def test_bookkeeping_takes_less_than_three_percent_of_a_step(learn, monkeypatch):
+def test_bookkeeping_takes_less_than_three_percent_of_a_step(run_train, monkeypatch):
     """That is all between one step of the optimiser and the next forward: data, logs, a save."""
-    begun, ended, plain = [], [], train.learn
-    monkeypatch.setattr(train, "learn", lambda *a: begun.append(time.perf_counter()) or plain(*a))
+    begun, ended, plain = [], [], train.compute_gradients
+    monkeypatch.setattr(train, "compute_gradients",
+                        lambda *a: begun.append(time.perf_counter()) or plain(*a))
     hook = register_optimizer_step_post_hook(lambda *_: ended.append(time.perf_counter()))
-    learn("--batch", 32, "--clips", 300, "--test-clips", 2, data=(), steps=(0, 0, 501))
+    run_train("--batch", 32, "--clips", 300, "--test-clips", 2, data=(), steps=(0, 0, 501))
     hook.remove()
     share = np.subtract(begun[1:], ended[:-1]).sum() / (ended[-1] - begun[0])
     print(f"{share:.2%} of {1000 * (ended[-1] - begun[0]) / len(begun):.0f} ms")  # pytest -s
     assert len(begun) == 501 and share < 0.03
-
-
-@pytest.mark.parametrize("where, share", [("sound", 100.0), ("anywhere", None)])
-def test_watch_says_how_much_falls_on_the_sound(where, share, call, checkpoint, monkeypatch):
-    """All of it, if all of it does; and if it falls anywhere alike, as much as by chance."""
-    ones = [s for s in (train.scene("test", i, 0) for i in range(0, 60, 3))
-            if len(s["events"]) == 1][:3]
-    clips = iter(ones)
-
-    def told(model, features, question, ids):
-        (_, begin, end, *_), = next(clips)["events"]
-        steps, bands = model.connectors["lfst"].shape
-        edges = torch.linspace(0, train.SECONDS, steps + 1)
-        fall = torch.ones(steps)
-        if where == "sound":  # on the steps that lie wholly in it
-            fall = ((edges[:-1] >= begin) & (edges[1:] <= end)).float()
-        return {"lfst": fall.repeat_interleave(bands + 1).expand(4, len(ids), -1)}
-
-    monkeypatch.setattr(train, "listen", told)
-    code, text, _ = call(train, "--watch", checkpoint, "--test-clips", 3, "--device", "cpu")
-    rows = {line[:12].strip(): [float(x.rstrip("%")) for x in line[12:].split()]
-            for line in text.splitlines() if "%" in line}
-    chance = np.mean([(e - b) / train.SECONDS for s in ones for _, b, e, *_ in s["events"]])
-    assert code == 0 and abs(rows["chance"][1] - 100 * chance) < 0.06
-    for label in ("attention", "in layer 1", "in layer 4"):
-        assert abs(rows[label][1] - (share or rows["chance"][1])) < 0.11
-        assert abs(sum(rows[label]) - 100) < 0.2

@@ -1,4 +1,4 @@
-"""Golden values for tests/test_llm.py, from transformers and tokenizers.
+"""Golden values for test_llm.py and test_tokenizers.py, from transformers and tokenizers.
 
     pip install transformers tokenizers && python tests/golden/make_llm.py
 
@@ -21,7 +21,7 @@ from tokenizers import pre_tokenizers as pre
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]
-from test_llm import SYSTEM, TALK, strings  # noqa: E402
+from test_tokenizers import SYSTEM, TALK, strings  # noqa: E402
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)

@@ -1,0 +1,106 @@
+"""Command-line options made from the fields of a dataclass, and the choice of a device.
+
+    @dataclass(frozen=True)
+    class Options:
+        top_p: float = option(1.0, "sample among the likeliest tokens of this probability", high=1)
+
+    command_line(Options, __doc__, main)    # --top-p 0.9 reaches main(Options(top_p=0.9))
+"""
+import argparse
+import sys
+from contextlib import contextmanager
+from dataclasses import field, fields
+
+import torch
+
+MAX_INT64 = 2 ** 63 - 1  # the largest seed
+
+
+def option(default, help, low=0, high=MAX_INT64, **kwargs):
+    """A field of a configuration dataclass that is a command-line option too. Its value, if it is
+    a number, lies within low..high. kwargs: as for argparse's add_argument."""
+    return field(default=default, metadata={"help": help, "range": (low, high), **kwargs})
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one clear line instead of argparse's usage and error
+        self.fail(f"{message} (--help lists every option)")
+
+    def fail(self, message):
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def make_parser(config, doc):
+    """A Parser with an option for every field of the dataclass; its help opens with the first
+    paragraph of `doc`."""
+    parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in fields(config):
+        settings = {key: value for key, value in f.metadata.items() if key != "range"}
+        if f.type is bool:
+            settings["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
+        else:
+            settings["type"] = f.type
+        parser.add_argument(flag(f.name), default=f.default, **settings)
+    return parser
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_values(parser, config, values):
+    """Refuse empty texts and numbers out of range."""
+    for f in fields(config):
+        value, (low, high) = values[f.name], f.metadata["range"]
+        if isinstance(value, str) and not value.strip():  # or "$FORGOTTEN" would be the default
+            parser.error(f"{flag(f.name)} is empty")
+        if isinstance(value, (int, float)) and not low <= value <= high:  # nan is in no range
+            limit = "or more, and finite" if high == MAX_INT64 else f"to {high:g}"
+            parser.error(f"{flag(f.name)} {value}: expected {low:g} {limit}")
+
+
+def command_line(config, doc, main, arguments=None):
+    """Fill the dataclass `config` from the command line and call main(config).
+
+    arguments: a list of words; None means those of the command line. A user's mistake, which is a
+    ValueError anywhere below, or a file that cannot be read or written, ends the program with one
+    line and exit code 2; Ctrl-C ends it with exit code 130.
+    """
+    parser = make_parser(config, doc)
+    values = vars(parser.parse_args(arguments))
+    check_values(parser, config, values)
+    with one_line_errors(parser):
+        main(config(**values))
+
+
+@contextmanager
+def one_line_errors(parser):
+    """A user's mistake, or a file that cannot be used, ends the program with one line."""
+    try:
+        yield
+    except ValueError as error:
+        parser.fail(str(error))
+    except OSError as error:
+        parser.fail(f"{error.filename}: {error.strerror}" if error.filename
+                    else error.strerror or str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped; what was saved stays as it was\n")
+
+
+def pick_device(name, dtype="float32"):
+    """The torch device called `name` (auto: cuda if there is one, else cpu), printed once."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: choose cpu, cuda, mps or auto")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"--device {name} cannot be used: {reason}") from None
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    print(f"device {device}, {dtype}, {torch.get_num_threads()} threads", file=sys.stderr)
+    return device

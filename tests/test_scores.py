@@ -1,0 +1,57 @@
+"""Scores, held to those of the reference packages."""
+import json
+from pathlib import Path
+
+import numpy as np
+
+from lib.scores import (bootstrap, cider_d, normalize_words, task_measures, weighted_mean)
+
+GOLDEN = Path(__file__).parent / "golden" / "scores.npz"
+
+
+def test_captions_and_transcripts_are_scored_as_the_reference_packages_do():
+    golden = np.load(GOLDEN)
+    clips = json.loads(str(golden["clips"]))
+    pairs = [(i, answer.split(), ref.split())
+             for i, (answer, refs) in enumerate(clips) for ref in refs]
+    index, answers, references = zip(*pairs)
+    scores = dict(zip(index, cider_d(answers, references, index)))
+    assert np.abs(np.array([scores[i] for i in range(len(clips))]) - golden["cider"]).max() < 1e-9
+    items = [{"clip": i, "output": ref} for i, (_, refs) in enumerate(clips) for ref in refs]
+    answers = [(answer, None) for answer, refs in clips for _ in refs]
+    value, = task_measures("captioning", items, answers).values()
+    assert abs(weighted_mean(*value) - golden["cider"].mean()) < 1e-9
+    first = [{"clip": i, "output": refs[0]} for i, (_, refs) in enumerate(clips)]
+    answers = [(answer, None) for answer, _ in clips]
+    value, = task_measures("transcription", first, answers).values()
+    assert abs(weighted_mean(*value) - golden["all_wer"]) < 1e-12
+    for item, answer, want in zip(first, answers, golden["wer"]):
+        value, = task_measures("transcription", [item], [answer]).values()
+        assert abs(weighted_mean(*value) - want) < 1e-12
+
+
+def test_words_are_lower_case_and_without_punctuation():
+    assert normalize_words('"Don\'t!" - SAID a hi-hat...') == ["don't", "said", "a", "hi-hat"]
+
+
+def test_labels_count_alike_in_the_macro_average_however_rare():
+    labels = ["a dog", "a cat"]
+    items = [{"clip": i, "output": o, "choices": labels} for i, o in enumerate(
+        ["a dog", "a dog", "a dog", "a cat"])]
+    answers = [("a dog", "a dog"), ("big dog.", "a dog"), ("a cat", "a dog"), ("owl", "a dog")]
+    scores = {name: weighted_mean(*parts)
+           for name, parts in task_measures("classification", items, answers).items()}
+    assert scores == {"exact match": 1 / 4, "choice by words": 2 / 4, "choice by likelihood": 3 / 4,
+                      "choice by words, macro": (2 / 3 + 0) / 2,
+                      "choice by likelihood, macro": 1 / 2}
+    items[3]["choices"] = []  # a question without choices does not count where there are some
+    measures = task_measures("reasoning", items, answers)
+    assert weighted_mean(*measures["choice by words"]) == 2 / 3 and len(measures) == 3
+
+
+def test_the_interval_is_that_of_independent_clips_not_of_their_questions():
+    right = np.random.default_rng(0).random(400) < 0.5
+    ones, same = np.ones(1600), np.zeros(1600, int)
+    mean, low, high = bootstrap(np.arange(400).repeat(4), right.repeat(4), ones, same)
+    assert mean == right.mean() and low < mean < high
+    assert abs((high - low) / (2 * 1.96 * (mean * (1 - mean) / 400) ** 0.5) - 1) < 0.1
