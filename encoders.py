@@ -1,152 +1,38 @@
-"""Sound to tokens: read a file, make its spectrogram, encode it into a grid of tokens.
+"""Sound to tokens: make the spectrogram of a wave, encode it into a grid of tokens.
 
 The paper's three audio encoders: Whisper for speech, SSLAM (self-supervised learning from audio
 mixtures) and CLAP (contrastive language-audio pretraining) for sounds in general. They have the
-originals' architectures and parameter names, open the originals' checkpoints, and each has a
-miniature beside its real sizes that a laptop trains. Nothing here knows of language models.
+originals' architectures and parameter names and open the originals' checkpoints; each also has a
+miniature that a laptop trains. Nothing here knows of language models.
 
-    python -c "import encoders as e; w = e.load_audio('assets/demo.wav', 16000); \
-               m = e.make_encoder('sslam'); print(m(m.front_end(w[None])).shape, m.grid)"
+    python -c "from encoders import *; wave = load_audio('assets/demo.wav', 16000); \
+               m = make_encoder('sslam'); print(m(m.front_end(wave[None])).shape, m.grid)"
 
-A new encoder is a subclass of Encoder and one entry in ENCODERS.
-B batch, N tokens, D width, H heads, F frames of a spectrogram, M its mel bands, R the side of
-CLAP's square map, nW its windows. LN is layer normalisation, STFT the short-time Fourier transform.
+A new encoder is a subclass of Encoder and one entry in ENCODERS. B batch, N tokens, D width,
+H heads, F frames of a spectrogram, M its mel bands, R the side of CLAP's square map, nW its
+windows; LN is layer normalisation, STFT the short-time Fourier transform.
 """
 import math
 import re
-import struct
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lib.audio import load_audio  # noqa: F401 - for whoever has a file, as in the line above
 from lib.weights import load_tensors, load_weights
-
-# ------------------------------------------------------------------------------------ sound files
-
-# (format tag, bits) of a WAV -> how numpy reads one sample; 24 bits have no type of their own
-WAV_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "u1", (1, 32): "<i4",
-             (3, 32): "<f4", (3, 64): "<f8"}
-CONVERT = "convert it, for example: ffmpeg -i IN -c:a pcm_s16le OUT.wav"
-
-
-def load_audio(path, rate):
-    """Read a sound file as (samples,) float32 in [-1, 1], channels averaged, at `rate` Hz.
-
-    WAV is read here; flac, ogg, mp3 and the rest through soundfile, if that is installed.
-    Raises ValueError, one line: which file, what is wrong with it, what to do.
-    """
-    try:
-        raw = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    read = read_wav if raw[:4] == b"RIFF" and raw[8:12] == b"WAVE" else read_other
-    wave, file_rate = read(path, raw)
-    if len(wave) == 0:
-        raise ValueError(f"{path}: holds no samples (0 s of sound); record it again")
-    wave = wave.mean(1)  # (samples, channels) -> (samples,)
-    if not np.isfinite(wave).all():
-        raise ValueError(f"{path}: holds NaN or infinite samples; {CONVERT}")
-    return resample(torch.from_numpy(wave), file_rate, rate)
-
-
-def read_wav(path, raw):
-    """The bytes of a RIFF WAVE file -> (samples, channels) float32 array, and its rate in Hz."""
-    position, chunks = 12, {}
-    while position + 8 <= len(raw) and b"data" not in chunks:
-        name, size = struct.unpack_from("<4sI", raw, position)
-        chunks[name] = position + 8, size
-        position += 8 + size + size % 2  # a chunk of odd length is followed by a padding byte
-    for name in b"fmt ", b"data":
-        if name not in chunks:
-            raise ValueError(f"{path}: a WAV file without its {name.decode()} chunk; {CONVERT}")
-    start, size = chunks[b"fmt "]
-    header = raw[start:start + size].ljust(26, b"\0")
-    tag, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", header)
-    if tag == 0xFFFE:  # WAVE_FORMAT_EXTENSIBLE: the tag proper opens the sub-format
-        tag, = struct.unpack_from("<H", header, 24)
-    if (tag, bits) not in WAV_TYPES or channels == 0 or not 100 <= rate <= 1_000_000:
-        raise ValueError(f"{path}: codec {tag}, {bits} bits, {channels} channels, {rate} Hz is no "
-                         f"WAV of PCM or float samples; {CONVERT}")
-    start, size = chunks[b"data"]
-    present = len(raw) - start
-    if size > present and size != 0xFFFFFFFF:  # which means: written to a pipe, length not known
-        raise ValueError(f"{path}: truncated, its header promises {size} bytes of sound and "
-                         f"{present} are there; copy it again")
-    size = min(size, present) // (channels * bits // 8) * (channels * bits // 8)
-
-    dtype = np.dtype(WAV_TYPES[tag, bits])
-    data = np.frombuffer(raw, dtype, size // dtype.itemsize, start)
-    if bits == 24:  # the upper three bytes of an int32
-        data = np.pad(data.reshape(-1, 3), ((0, 0), (1, 0))).view("<i4")[:, 0]
-    with np.errstate(over="ignore"):  # a double beyond float32 becomes inf, which is refused
-        wave = data.astype(np.float32).reshape(-1, channels)
-    if bits == 8:  # the only unsigned format
-        wave -= 128
-    return wave if tag == 3 else wave / 2.0 ** (8 * data.dtype.itemsize - 1), rate
-
-
-def read_other(path, raw):
-    """As read_wav, for whatever libsndfile knows."""
-    if not raw:
-        raise ValueError(f"{path}: empty file; copy or record it again")
-    try:
-        import soundfile
-        return soundfile.read(path, dtype="float32", always_2d=True)
-    except ImportError:
-        raise ValueError(f"{path}: not a WAV file; for flac, ogg and mp3: pip install soundfile"
-                         ) from None
-    except (RuntimeError, TypeError) as error:  # LibsndfileError is a RuntimeError
-        raise ValueError(f"{path}: not a sound file ({error}); {CONVERT}") from None
-
-
-def save_wav(path, wave, rate):
-    """Write (samples,) in [-1, 1], clipped to that, as a 16-bit mono WAV."""
-    data = (wave * 32768).round().clamp(-32768, 32767).short().numpy().astype("<i2").tobytes()
-    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16,
-                         1, 1, rate, 2 * rate, 2, 16, b"data", len(data))
-    Path(path).write_bytes(header + data)
-
-
-def resample(wave, old, new, zeros=6, rolloff=0.99):
-    """(samples,) at `old` Hz -> (ceil(samples * new / old),) at `new` Hz, band-limited as
-    torchaudio.functional.resample does by default: out(m) = sum_n x(n) h(n / old - m / new), h a
-    sinc cut off at `rolloff` of the lower Nyquist frequency, Hann-windowed to `zeros` crossings.
-    """
-    if old == new:
-        return wave
-    length = math.ceil(len(wave) * new / old)
-    old, new = old // math.gcd(old, new), new // math.gcd(old, new)
-    cutoff = min(old, new) * rolloff
-    reach = math.ceil(zeros * old / cutoff)  # how many inputs h extends to either side
-    blocks = math.ceil(length / new)  # every `new` outputs the same filters meet `old` new inputs
-    x = F.pad(wave, (reach, blocks * old + reach + 1 - len(wave)))
-    out = wave.new_empty(blocks, new)
-    # Some filters at a time: 44101 -> 16000 Hz has 16000 of them, nearly all of each zero.
-    for p in range(0, new, 256):
-        phase = torch.arange(p, min(p + 256, new), dtype=torch.float64)[:, None]
-        first, last = p * old // new, int(phase[-1]) * old // new + 2 * reach + 1
-        inputs = torch.arange(first, last + 1, dtype=torch.float64)
-        t = (((inputs - reach) / old - phase / new) * cutoff).clamp(-zeros, zeros)
-        h = torch.sinc(t) * torch.cos(t * math.pi / zeros / 2) ** 2 * cutoff / old
-        rows = x[first:].unfold(0, len(inputs), old)[:blocks]  # (blocks, inputs)
-        out[:, p:p + 256] = rows @ h.to(wave.dtype).T
-    return out.flatten()[:length]
-
 
 # ---------------------------------------------------------------------------------- spectrograms
 
 def mel_filters(mels, bins, rate, low, high, scale="slaney"):
     """Mel filters (bins, mels) float32: triangle m rises from corner m to m + 1, falls to m + 2.
 
-    Corners are evenly spaced in mel. Slaney's mel is linear up to 1 kHz, logarithmic above, and its
-    triangles have equal areas; those of the toolkits HTK and Kaldi have equal heights, and Kaldi's
-    are linear in mel, not in Hz.
+    Corners are evenly spaced in mel. Slaney's mel is linear up to 1 kHz, logarithmic above; its
+    triangles have equal areas, those of HTK and Kaldi equal heights, and Kaldi's are linear in mel.
     """
     hz = np.linspace(0, rate / 2, bins)
     if scale == "slaney":
@@ -183,9 +69,12 @@ class Encoder(nn.Module):
         encoder(spectrogram) -> (B, N, D), N = num_prefix_tokens + steps * bands
 
     Every clip fills one window of `seconds`: shorter ones are padded, of longer ones the first
-    window is heard, and a warning says so. After the prefix tokens (SSLAM's cls) come those of
-    `grid` = (time steps, frequency bands), low to high: token num_prefix_tokens + t * bands + f.
-    `window` and `filters` (bins, mels) make the spectrogram: no weights, always float32.
+    window is heard, with a warning. After the prefix tokens (SSLAM's cls) come those of `grid` =
+    (time steps, frequency bands), low to high: token num_prefix_tokens + t * bands + f. `window`
+    and `filters` (bins, mels) make the spectrogram: no weights, always float32.
+
+    A subclass has `spectrogram`, `forward`, and for public files infer_config(state, names) ->
+    Config: state is the renamed tensors, in which it may drop or cut some; names is the file's own.
     """
     Config = None           # a dataclass of sizes, `width` and `seconds` among them
     sizes = {}              # name: a Config
@@ -200,12 +89,6 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.width, self.seconds = config, config.width, config.seconds
-
-    @staticmethod
-    def infer_config(state, names):
-        """The Config of a public file's mapped tensors {name: tensor}, and its own names as one
-        text. May drop or cut tensors that the encoder has no use for."""
-        raise NotImplementedError
 
     def steps(self, seconds):
         """How many of the grid's time steps, from the first, carry a clip of so many seconds."""
@@ -229,31 +112,23 @@ class Encoder(nn.Module):
         return self.spectrogram(wave.float())
 
 
-class Attention(nn.Module):
-    """Self-attention with q, k and v in one matrix."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x, mask=None):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, mask)  # (B, H, N, D/H)
-        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
-
-
 class Block(nn.Module):
     """The parts of a transformer block under timm's names, which SSLAM and CLAP share."""
 
     def __init__(self, width, heads, eps=1e-5):
         super().__init__()
+        self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps)
-        self.attn = Attention(width, heads)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width),
+                                   "proj": nn.Linear(width, width)})
         self.norm2 = nn.LayerNorm(width, eps)
         fc1, fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
+
+    def attend(self, x, mask=None):
+        q, k, v = self.attn["qkv"](x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, mask)  # (B, H, N, D/H)
+        return self.attn["proj"](x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 def sinusoids(positions, omega):
@@ -272,41 +147,32 @@ class WhisperConfig:
     seconds: float = 30.0
 
 
-class WhisperAttention(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width, bias=False)  # a bias would shift all scores alike
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x):
-        q, k, v = (part(x).unflatten(-1, (-1, 64)).transpose(1, 2)  # (B, H, N, 64), in every size
-                   for part in (self.query, self.key, self.value))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
 class WhisperBlock(nn.Module):
     """Pre-LN: each part reads a normalised copy and adds to the stream."""
 
     def __init__(self, width):
         super().__init__()
-        self.attn = WhisperAttention(width)
+        self.attn = nn.ModuleDict({  # a bias of the keys would shift all scores alike
+            name: nn.Linear(width, width, bias=name != "key")
+            for name in ("query", "key", "value", "out")})
         self.attn_ln = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(),
                                  nn.Linear(4 * width, width))
         self.mlp_ln = nn.LayerNorm(width)
 
     def forward(self, x):
-        x = x + self.attn(self.attn_ln(x))
+        y = self.attn_ln(x)
+        q, k, v = (self.attn[name](y).unflatten(-1, (-1, 64)).transpose(1, 2)  # (B, H, N, 64)
+                   for name in ("query", "key", "value"))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
+        x = x + self.attn["out"](y)
         return x + self.mlp(self.mlp_ln(x))
 
 
 class Whisper(Encoder):
     """Spectrogram (B, M, F), a frame each 10 ms -> (B, F/2, D), a token each 20 ms."""
     Config = WhisperConfig
-    sizes = {"tiny": WhisperConfig(),
-             "base": WhisperConfig(width=512, layers=6),
+    sizes = {"tiny": WhisperConfig(), "base": WhisperConfig(width=512, layers=6),
              "small": WhisperConfig(width=768, layers=12),
              "medium": WhisperConfig(width=1024, layers=24),
              "large-v2": WhisperConfig(width=1280, layers=32),
@@ -341,9 +207,9 @@ class Whisper(Encoder):
 
     def spectrogram(self, wave):
         samples = self.frames * 160
-        wave = F.pad(wave, (0, max(0, samples - wave.shape[1])))[:, :samples]
-        mel = power_spectrum(wave, self.window, 160)[:, :-1] @ self.filters.to(wave.device)
-        x = mel.clamp(min=1e-10).log10()
+        wave = F.pad(wave, (0, samples - wave.shape[1]))  # cuts if that is negative
+        x = power_spectrum(wave, self.window, 160)[:, :-1] @ self.filters.to(wave.device)
+        x = x.clamp(min=1e-10).log10()
         x = torch.maximum(x, x.amax((1, 2), keepdim=True) - 8)  # 80 dB below each clip's own peak
         return ((x + 4) / 4).transpose(1, 2)  # (B, F, M) -> (B, M, F)
 
@@ -373,7 +239,7 @@ class SSLAMBlock(Block):
     """Post-LN: the stream itself is normalised after each part."""
 
     def forward(self, x):
-        x = self.norm1(x + self.attn(x))
+        x = self.norm1(x + self.attend(x))
         return self.norm2(x + self.mlp(x))
 
 
@@ -411,8 +277,7 @@ class SSLAM(Encoder):
         self.fixed_positional_encoder = nn.Module()
         self.fixed_positional_encoder.register_buffer("positions", positions)
         self.pre_norm = nn.LayerNorm(d, eps=1e-6)
-        blocks = (SSLAMBlock(d, d // 64, eps=1e-6) for _ in range(config.layers))
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(*(SSLAMBlock(d, d // 64, 1e-6) for _ in range(config.layers)))
 
     def spectrogram(self, wave):
         wave = F.pad(wave, (0, max(0, 400 - wave.shape[1])))  # at least one frame
@@ -420,8 +285,8 @@ class SSLAM(Encoder):
         x = x - x.mean(2, keepdim=True)  # which undoes any offset of the whole clip as well
         x = x - 0.97 * F.pad(x, (1, 0))[..., :-1]  # pre-emphasis; the window is 0 where it starts
         x = torch.fft.rfft(x * self.window.to(x.device), 512)
-        mel = (x.real.square() + x.imag.square()) @ self.filters.to(wave.device)
-        x = mel.clamp(min=2.0 ** -23).log()
+        x = (x.real.square() + x.imag.square()) @ self.filters.to(wave.device)
+        x = x.clamp(min=2.0 ** -23).log()
         # Zeros first, normalisation after: to the model padding is 0.467, not 0 and not silence.
         x = F.pad(x, (0, 0, 0, self.frames - x.shape[1]))
         return ((x + 4.268) / (2 * 4.569))[:, None]  # (B, 1, F, 128)
@@ -473,21 +338,18 @@ class SwinBlock(Block):
         i = np.arange(side)
         edge = 1 * (i >= side - 8) + (i >= side - shift)
         region = into_windows(torch.from_numpy(3 * edge[:, None] + edge)[None, :, :, None])
-        mask = -100.0 * (region != region.transpose(1, 2))  # (nW, 64, 64)
-        self.register_buffer("mask", mask[:, None], persistent=False)
+        mask = -100.0 * (region != region.transpose(1, 2))[:, None]  # (nW, 1, 64, 64)
+        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x):
         B, R = x.shape[:2]  # x is (B, R, R, D)
         bias = self.attn.relative_position_bias_table[self.index].permute(2, 0, 1)[None]
-        y = self.norm1(x)
         if self.shift:
-            y = y.roll((-self.shift, -self.shift), (1, 2))
             bias = (bias + self.mask.to(bias.dtype)).repeat(B, 1, 1, 1)  # (1 or B nW, H, 64, 64)
-        y = self.attn(into_windows(y), bias)
+        y = self.norm1(x).roll((-self.shift, -self.shift), (1, 2))
+        y = self.attend(into_windows(y), bias)
         y = y.view(B, R // 8, R // 8, 8, 8, -1).transpose(2, 3).reshape(x.shape)
-        if self.shift:
-            y = y.roll((self.shift, self.shift), (1, 2))
-        x = x + y
+        x = x + y.roll((self.shift, self.shift), (1, 2))
         return x + self.mlp(self.norm2(x))
 
 
@@ -506,8 +368,8 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, x):
-        x = [x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]]
-        return self.reduction(self.norm(torch.cat(x, -1)))
+        x = torch.cat([x[:, y::2, z::2] for z in (0, 1) for y in (0, 1)], -1)  # (B, R/2, R/2, 4D)
+        return self.reduction(self.norm(x))
 
 
 class CLAP(Encoder):
@@ -531,9 +393,7 @@ class CLAP(Encoder):
         (r"^(audio_model\.)?audio_encoder\.", ""),  # Hugging Face, as all that follows
         (r"^batch_norm\.", "bn0."), (r"^logmel_extractor\.melW$", "filters"),
         (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
-        (r"\.attention\.self\.query\.", ".attn.qkv.0."),  # three parts, joined on loading
-        (r"\.attention\.self\.key\.", ".attn.qkv.1."),
-        (r"\.attention\.self\.value\.", ".attn.qkv.2."),
+        (r"\.attention\.self\.(query|key|value)\.", r".attn.qkv.\1."),  # joined on loading
         (r"\.attention\.self\.", ".attn."), (r"\.attention\.output\.dense\.", ".attn.proj."),
         (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2."))
     # text towers, heads, copies of what is computed here, what long clips alone need
@@ -544,7 +404,7 @@ class CLAP(Encoder):
 
     def __init__(self, config):
         super().__init__(config)
-        self.rate, d, side = config.rate, config.width, config.image // 4
+        self.rate, d = config.rate, config.width
         self.pieces = config.image // 64
         self.frames = config.image * self.pieces
         self.samples = round(config.seconds * config.rate)
@@ -555,23 +415,21 @@ class CLAP(Encoder):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, d, 4, 4), "norm": nn.LayerNorm(d)})
         self.layers = nn.Sequential()
         for i, depth in enumerate(config.depths):
-            r, stage = side >> i, nn.Sequential()
-            shifts = (4 if j % 2 and r > 8 else 0 for j in range(depth))
-            blocks = (SwinBlock(d << i, config.heads << i, r, shift) for shift in shifts)
-            stage.add_module("blocks", nn.Sequential(*blocks))
+            r = config.image // 4 >> i  # side of this stage's map
+            blocks = (SwinBlock(d << i, config.heads << i, r, 4 if j % 2 and r > 8 else 0)
+                      for j in range(depth))
+            stage = OrderedDict(blocks=nn.Sequential(*blocks))
             if i < len(config.depths) - 1:
-                stage.add_module("downsample", PatchMerging(d << i))
-            self.layers.append(stage)
+                stage["downsample"] = PatchMerging(d << i)
+            self.layers.append(nn.Sequential(stage))
         self.width = d << i
         self.norm = nn.LayerNorm(self.width)
         self.grid = (self.pieces * r, r // self.pieces)
 
     def spectrogram(self, wave):
-        wave, n = wave[:, :self.samples], self.samples
-        copies = n / wave.shape[1]
-        copies = math.ceil(copies) if self.config.repeat_to_fill else int(copies)
-        wave = wave.repeat(1, copies)[:, :n]
-        wave = F.pad(wave, (0, n - wave.shape[1]))
+        wave = wave[:, :self.samples]
+        wave = wave.repeat(1, self.samples // wave.shape[1] + self.config.repeat_to_fill)
+        wave = F.pad(wave, (0, self.samples - wave.shape[1]))  # cuts if that is negative
         mel = power_spectrum(wave, self.window, self.config.hop) @ self.filters.to(wave.device)
         return 10 * mel.clamp(min=1e-10).log10()[:, None]  # (B, 1, F, 64), in dB
 
@@ -613,17 +471,17 @@ def load_encoder(kind, path, dtype=torch.float32):
 
     Its form and sizes are read off its tensors: Whisper of openai/whisper and Hugging Face; SSLAM
     of fairseq, pre-trained and fine-tuned, and Hugging Face; CLAP of laion_clap, fused or not,
-    Hugging Face, and Microsoft 2023. Weights become `dtype`, for a GPU perhaps a half one; a file
-    of that type is mapped, not copied. ValueError, one line: what is missing or misshapen.
+    Hugging Face, and Microsoft 2023. A file whose numbers have this `dtype` is mapped, not copied.
+    ValueError, one line: what is missing or misshapen.
     """
-    tensors, encoder_class = load_tensors(path), ENCODERS[kind]
+    encoder_class, tensors = ENCODERS[kind], load_tensors(path)
     names = list(tensors)
     state = rename_keys(encoder_class, tensors)
     try:
         config = encoder_class.infer_config(state, " ".join(names))
     except (KeyError, ValueError, IndexError) as error:  # absent, or not of so many dimensions
-        raise ValueError(f"{path}: no {kind} encoder among its {len(names)} tensors ({error})"
-                         ) from None
+        reason = f"among its {len(names)} tensors ({error})"
+        raise ValueError(f"{path}: no {kind} encoder {reason}") from None
     with torch.device("meta"):  # no memory for weights that are about to be replaced
         encoder = encoder_class(config)
     filters = state.pop("filters", encoder.filters)  # CLAP's files may bring their own
@@ -645,11 +503,11 @@ def rename_keys(encoder_class, tensors):
             name = re.sub(pattern, replacement, name)
         if not re.match(encoder_class.ignored_keys, name):
             state[name] = tensor
-    for name in [name for name in state if ".qkv.0." in name]:
-        parts = [name.replace("qkv.0", f"qkv.{i}") for i in range(3)]
+    for name in [name for name in state if ".qkv.query." in name]:
+        parts = [name.replace("qkv.query", f"qkv.{part}") for part in ("query", "key", "value")]
         if all(part in state and state[part].shape == state[name].shape for part in parts):
             joined = torch.cat([state.pop(part) for part in parts])
-            state[name.replace("qkv.0", "qkv")] = joined
+            state[name.replace("qkv.query", "qkv")] = joined
     return state
 
 

@@ -1,4 +1,4 @@
-"""A plain decoder LLM of the Llama family, from scratch. It knows nothing of audio.
+"""A plain decoder LLM (large language model) of the Llama family. It knows nothing of audio.
 
 Tokens enter as embeddings, with positions and a cache of keys and values (KV cache): that is all
 that integrate.py needs to let the model hear. One rule says what sees what: a query sees every key
@@ -7,7 +7,7 @@ whose position is not after its own. Try:
     python -c "from model import *; llm = LLM(LLMConfig()); print(llm.generate([1, 2, 3], 5))"
 
 LLM.from_pretrained(folder) reads Llama 2, Llama 3.2, Qwen2.5 and SmolLM2 as Hugging Face stores
-them; their tokenizers are in lib/tokenizers.py. Module and parameter names are Hugging Face's.
+them, whose names for modules and parameters stand here; tokenizers are in lib/tokenizers.py.
 
 Letters in shapes: B batch, T new tokens, S all tokens so far, D width, H heads, K key-value heads,
 d head width, V vocabulary. RoPE is rotary position embedding, GQA grouped-query attention.
@@ -252,16 +252,16 @@ class Attention(nn.Module):
         v = self.split_heads(self.v_proj(x))
         k, v = cache.append(layer, k, v)  # (B, S, K, d)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, d), (B, K, S, d)
-        # softmax(q k^T / sqrt(d) + mask) v
+        # y = softmax(q k^T / sqrt(d) + mask) v
         if T == 1:  # the H / K heads that share a key-value head are its rows: it is read once
             q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, K, H / K, d)
             y = F.scaled_dot_product_attention(q, k, v, mask)
-        else:
-            if x.is_cuda and not isinstance(mask, CausalBias):
-                # given an explicit mask, CUDA's fast kernels refuse keys that heads share
-                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-            y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
-        return self.o_proj(y.reshape(B, T, -1))  # (B, T, D)
+            return self.o_proj(y.reshape(B, 1, -1))  # (B, 1, D)
+        if x.is_cuda and not isinstance(mask, CausalBias):
+            # given an explicit mask, CUDA's fast kernels refuse keys that heads share
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)  # (B, H, T, d)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class MLP(nn.Module):

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from data.lists import QuestionList, record_seconds, wrong_clips
 from data.pretrain import parse_encoders
-from encoders import load_audio, mel_filters, power_spectrum
+from encoders import mel_filters, power_spectrum
 from integrate import LFST, AudioLLM, MLPConnector, Segment, pad_batch, prefill
+from lib.audio import load_audio
 from lib.cli import command_line, option, pick_device
 from lib.plots import draw_listening, import_figure
 from lib.scores import print_scores
@@ -122,7 +123,7 @@ def score_list(model, o):
     if o.controls:
         columns["silence"] = {clip: lambda rate, read=read: torch.zeros_like(read(rate))
                               for clip, read in clips.items()}
-        if other := wrong_clips({item["clip"]: item["domain"] for item in items}):  # a lone clip: none
+        if other := wrong_clips({item["clip"]: item["domain"] for item in items}):
             columns["wrong clip"] = {clip: clips[other[clip]] for clip in clips}
     prompts = [(column[item["clip"]], item["instruction"], item["choices"])
                for column in columns.values() for item in items]  # one call: a clip is heard once

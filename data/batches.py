@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from data.lists import add_token_ids, count_answers
-from encoders import load_audio
+from lib.audio import load_audio
 from lib.processes import rank_and_size, start_session
 
 QUESTIONS_A_CLIP = 4  # that meet in a batch, where their clip is heard once for all of them

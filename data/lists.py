@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from encoders import load_audio
+from lib.audio import load_audio
 
 TEXT_FIELDS = ("audio_id", "instruction", "output", "input", "task", "dataset")
 REQUIRED_FIELDS = ("audio_id", "instruction", "output")
@@ -59,10 +59,11 @@ class QuestionList:
 
     def read_index(self, unit, first):
         """Check all items; returns how many cannot be used, and what is wrong with the first."""
-        count, problems, checksum, end = 0, [], 0, 0
+        count, problems = 0, []
+        checksum, next_start = 0, 0
         with open(self.jsonl, "rb") as file:
             for n, line in enumerate(tqdm(file, "questions", leave=False, delay=1), first):
-                start, end = end, end + len(line)
+                start, next_start = next_start, next_start + len(line)
                 checksum = zlib.crc32(line, checksum)
                 if not line.strip():
                     continue

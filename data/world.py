@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from encoders import resample, save_wav
+from lib.audio import resample, save_wav
 
 RATE = 16000   # samples per second
 SECONDS = 4.0  # length of every clip

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -43,15 +44,23 @@ def product_rate(like):
     return 2 * n ** 3 / min(time_in_turns({"product": lambda: a @ a}, like.device, 5)["product"])
 
 
-def count_flops(function):
-    """(FLOPs of function() as torch counts them, its result), attention as plain products."""
-    def make_bias(cls, *sizes):  # torch can not make one while a mode such as its counter is on
+@contextmanager
+def biases_outside_modes():
+    """While a dispatch mode of torch is on, torch cannot make the CausalBias that attention takes.
+    Inside this context it is made without the mode."""
+    def make_bias(cls, *sizes):
         with _disable_current_modes():
             return torch.Tensor.__new__(cls, *sizes)
 
+    with patch.object(CausalBias, "__new__", make_bias):
+        yield
+
+
+def count_flops(function):
+    """(FLOPs of function() as torch counts them, its result), attention as plain products."""
     vector = {torch.ops.aten.mv: lambda matrix, vector, **kwargs: 2 * matrix[0] * matrix[1]}
     counter = FlopCounterMode(display=False, custom_mapping=vector)  # which leaves these out
-    with patch.object(CausalBias, "__new__", make_bias), sdpa_kernel(SDPBackend.MATH), counter:
+    with biases_outside_modes(), sdpa_kernel(SDPBackend.MATH), counter:
         result = function()
     return counter.get_total_flops(), result
 
@@ -81,11 +90,23 @@ def count_saved_bytes(forward, shared):
     return sum(sizes.values())
 
 
+class OperationNames(TorchDispatchMode):
+    """The names of all operations that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.add(operation._schema.name)
+        return operation(*args, **(kwargs or {}))
+
+
 def attention_kernels(function):
     """Names of the attention kernels that it runs: flash, efficient, cudnn; else the slow math."""
-    with torch.profiler.profile() as profile:
+    with biases_outside_modes(), OperationNames() as operations:
         function()
-    kernels = [re.search("_(flash|efficient|cudnn)_attention", e.name) for e in profile.events()]
+    kernels = [re.search("_(flash|efficient|cudnn)_attention", name) for name in operations.names]
     return sorted({kernel[1] for kernel in kernels if kernel}) or ["math"]
 
 

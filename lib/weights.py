@@ -8,6 +8,7 @@ import json
 import math
 import mmap
 import os
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -143,6 +144,9 @@ def read_torch(path, zipped):
     Names that could act, such as os.system, are refused by torch or are stubs too.
     """
     try:
+        for item in zipfile.ZipFile(path).infolist() if zipped else ():
+            if item.compress_type and "/data/" in item.filename:  # mapped, it would give nonsense
+                raise ValueError(f"{item.filename} is compressed")
         unknown = get_unsafe_globals_in_checkpoint(path) if zipped else []
         with safe_globals([(StubObject, name) for name in unknown]), open(path, "rb") as file:
             # An old file may ask for more bytes than it has: read(n) of a map reserves no more.

@@ -19,9 +19,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from encoders import (ENCODERS, SSLAM, Encoder, SSLAMConfig, Whisper, WhisperConfig, load_audio,
-                      load_encoder, make_encoder, resample, save_wav)
+from encoders import (ENCODERS, SSLAM, Encoder, SSLAMConfig, Whisper, WhisperConfig, load_encoder,
+                      make_encoder)
 from golden.make_encoders import sound, sslam_positions, weight
+from lib.audio import load_audio, resample, save_wav
 from test_weights import LEGACY, one_line, pickled, write_safetensors
 
 
@@ -548,6 +549,7 @@ def test_a_missing_misshapen_or_unknown_tensor_is_named(name, theirs, ours, tmp_
 
     refusal({n: t for n, t in state.items() if n != theirs}, f"{ours} is missing")
     refusal(state | {theirs: state[theirs][:-1]}, f"{ours} is")
+    refusal(state | {theirs: state[theirs][None]}, ours)
     refusal(state | {theirs + ".more": JUNK}, ".more does not belong")
 
 
@@ -680,8 +682,8 @@ def test_loading_holds_the_weights_and_next_to_nothing_else(kind, half, tmp_path
             for part, t in zip(("query", "key", "value"), state.pop(name).chunk(3)):
                 state[name.replace("attn.qkv", f"attention.self.{part}")] = t.clone()
     path = write_safetensors(tmp_path / "x.safetensors", state)
-    result = subprocess.run([sys.executable, "-c", PEAK, kind, path], cwd=Path(__file__).parents[1],
-                          capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", PEAK, kind, path], text=True, check=True,
+                            cwd=Path(__file__).parents[1], capture_output=True)
     peak = int(result.stdout) / path.stat().st_size
     print(f"{kind}: {peak:.2f} times the file")
     assert peak < (2.2 if half else 1.2)

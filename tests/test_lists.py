@@ -152,7 +152,8 @@ def test_a_json_list_is_parsed_once_and_its_copy_is_removed(sounds, monkeypatch)
     monkeypatch.setattr(lists, "as_json_lines", None)  # from here on nobody reads the whole list
     copy = pickle.loads(pickle.dumps(questions))
     assert copy[0] == questions[0]
-    del copy  # as when a data worker ends
+    del copy  # as when a spawned data worker ends
+    lists.remove_file(questions.jsonl, process=-1)  # and as when a forked one does
     assert len([*sounds.glob("new/*")]) == 1 and questions[0]["output"] == "a dog"
     monkeypatch.undo()
     with pytest.raises(ValueError, match="item 0"):

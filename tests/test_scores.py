@@ -40,7 +40,7 @@ def test_labels_count_alike_in_the_macro_average_however_rare():
         ["a dog", "a dog", "a dog", "a cat"])]
     answers = [("a dog", "a dog"), ("big dog.", "a dog"), ("a cat", "a dog"), ("owl", "a dog")]
     scores = {name: weighted_mean(*parts)
-           for name, parts in task_measures("classification", items, answers).items()}
+              for name, parts in task_measures("classification", items, answers).items()}
     assert scores == {"exact match": 1 / 4, "choice by words": 2 / 4, "choice by likelihood": 3 / 4,
                       "choice by words, macro": (2 / 3 + 0) / 2,
                       "choice by likelihood, macro": 1 / 2}

@@ -2,7 +2,9 @@
 import json
 import os
 import pickle
+import runpy
 import struct
+import subprocess
 import sys
 import zipfile
 from argparse import Namespace
@@ -61,7 +63,9 @@ class Payload:
 def test_nothing_in_a_checkpoint_is_ever_run(tmp_path, protocol, legacy):
     flag, path = tmp_path / "ran", tmp_path / "evil.pt"
     settings = dict(pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
-    pickled(path, {"model": {"w": torch.arange(3.0), "x": Payload(flag)}}, **settings)
+    tree = {"model": {"w": torch.arange(3.0), "x": Payload(flag)}, Payload(flag): 1,
+            "z": [Payload(flag)]}
+    pickled(path, tree, **settings)
     for load in (load_tensors, partial(load_encoder, "whisper")):
         with pytest.raises(ValueError) as error:
             load(path)
@@ -69,6 +73,33 @@ def test_nothing_in_a_checkpoint_is_ever_run(tmp_path, protocol, legacy):
     assert not flag.exists()
     torch.load(path, weights_only=False)
     assert flag.exists()  # the payload was a live one
+
+
+class Call:
+    """Unpickling it calls a function with an argument that would leave a file behind."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("function", [eval, exec, subprocess.run, Path.touch, runpy.run_path])
+def test_a_function_that_torch_does_not_know_is_not_called(function, tmp_path):
+    flag, script = tmp_path / "ran", tmp_path / "script.py"
+    code = f"open({str(flag)!r}, 'w')"
+    script.write_text(code)
+    argument = {eval: code, exec: code, subprocess.run: ["touch", str(flag)], Path.touch: flag,
+                runpy.run_path: str(script)}[function]
+    path = pickled(tmp_path / "a.pt", {"w": torch.ones(2), "x": Call(function, argument)})
+    try:
+        assert load_tensors(path)["w"].tolist() == [1, 1]
+    except ValueError as error:  # torch refuses the modules that it knows to be dangerous
+        assert "a.pt" in str(error) and "save its tensors again" in str(error)
+    assert not flag.exists()
+    torch.load(path, weights_only=False)
+    assert flag.exists()
 
 
 class OmegaConf:
@@ -207,15 +238,23 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, write):
         one_line(error, "b.pt")
 
 
-def test_a_zip_that_was_packed_again(tmp_path):
-    pickled(tmp_path / "a.pt", {"a": torch.arange(1000)})
-    with zipfile.ZipFile(tmp_path / "a.pt") as old, \
-            zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
+@pytest.mark.parametrize("content", [
+    {"a": torch.zeros(1000)},
+    {"a": torch.zeros(100), "b": torch.randn(100), "c": torch.randn(10)}],  # fit, if not unpacked
+    ids=["one", "three"])
+def test_a_zip_that_was_packed_again(tmp_path, content):
+    pickled(tmp_path / "a.pt", content)
+    for pack in zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED:
+        with zipfile.ZipFile(tmp_path / "a.pt") as old, \
+                zipfile.ZipFile(tmp_path / "b.pt", "w", pack) as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+        if pack == zipfile.ZIP_STORED:
+            tensors = load_tensors(tmp_path / "b.pt")
+            assert all(torch.equal(tensors[name], content[name]) for name in content)
     with pytest.raises(ValueError) as error:
         load_tensors(tmp_path / "b.pt")
-    one_line(error, "b.pt", "save its tensors again")
+    one_line(error, "b.pt", "data/0 is compressed")
 
 
 def test_a_storage_that_reaches_beyond_the_file(tmp_path):
