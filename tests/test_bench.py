@@ -363,7 +363,7 @@ def test_arms_are_trained_scored_and_not_trained_again(call, base, brief, monkey
     assert len(features) == 6  # training, validation and test clips of each seed: heard once
 
 
-def test_an_arm_is_trained_for_other_options_and_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
+def test_an_arm_is_trained_for_other_options_and_goes_on_where_stopped(monkeypatch, tmp_path):
     calls = []
 
     def main(o):

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 PROGRAMS = ("integrate", "model", "encoders", "train", "bench", "sample")  # as they are read
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("data/*.py")])
 
@@ -88,8 +89,13 @@ def check(command, call, monkeypatch):
             check_program(path.stem, importlib.import_module(path.stem), words[1:], call)
 
 
-@pytest.mark.parametrize("command", python_commands(fenced_lines(README)))
-def test_a_command_of_the_readme_exists_with_its_options(command, call, monkeypatch):
+def document_commands():
+    for path in DOCUMENTS:
+        yield from python_commands(fenced_lines(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("command", list(document_commands()))
+def test_a_command_of_the_readme_or_docs_exists_with_its_options(command, call, monkeypatch):
     check(command, call, monkeypatch)
 
 
@@ -118,7 +124,8 @@ def test_the_six_files_are_all_that_stand_at_the_top_and_each_opens_with_a_comma
     assert {path.stem for path in ROOT.glob("*.py")} == set(PROGRAMS)
     for name in PROGRAMS:
         opening = (ROOT / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
-        assert python_commands(re.split(r"\n|[Tt]ry:", opening)), f"{name}.py names no command to try"
+        commands = python_commands(re.split(r"\n|[Tt]ry:", opening))
+        assert commands, f"{name}.py names no command to try"
 
 
 def test_the_readme_shows_how_to_start():
@@ -128,11 +135,13 @@ def test_the_readme_shows_how_to_start():
     assert README.count("\n```") % 2 == 0
 
 
-def test_every_path_that_the_readme_names_exists():
-    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", README)
-    quoted = re.findall(r"`((?:assets|tests|docs)/[^`\s]*|(?:[a-z]+/)?[a-z_]+\.py)`", README)
-    for path in links + quoted:
-        assert list(ROOT.glob(path.rstrip("/"))), f"the README names {path}, which is not there"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_path_that_a_document_names_exists(document):
+    text = document.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text):
+        assert (document.parent / link).exists(), f"{document.name} links to {link}: not there"
+    for path in re.findall(r"`((?:assets|tests|docs)/[^`\s]*|(?:[a-z]+/)?[a-z_]+\.py)`", text):
+        assert list(ROOT.glob(path.rstrip("/"))), f"{document.name} names {path}: not there"
 
 
 def test_the_readme_and_continuous_integration_run_the_same_tests():
