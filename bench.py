@@ -597,7 +597,7 @@ def draw_picture(o, measured, Na, Nt):
 ARMS = {  # train.py's options
     "plits": {"mode": "plits"}, "lal": {}, "pal": {"mode": "pal"}, "attn": {"mode": "attn"},
     "ffn": {"mode": "ffn"}, "flamingo": {"mode": "flamingo"},
-    "lal-upper": {"lal_layers": "2:"}, "lal-no-rope": {"audio_rope": "off"},
+    "lal-upper": {"lal_layers": "2:"}, "lal-no-rope": {"config": "audio_rope=off"},
     "lal-qformer": {"connector": "qformer"}, "lal-lfst": {"connector": "lfst"},
     "lal-ffn-frozen": {"freeze": "ffn"},
 }

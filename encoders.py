@@ -24,7 +24,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.audio import load_audio  # noqa: F401 - for whoever has a file, as in the line above
-from lib.weights import load_tensors, load_weights
+from lib.weights import (as_value_error, build_for, holds_numbers, load_tensors, load_weights,
+                         strip_prefixes)
 
 # ---------------------------------------------------------------------------------- spectrograms
 
@@ -182,7 +183,7 @@ class Whisper(Encoder):
     pool_size = 4
     rate = 16000
     key_map = (
-        (r"^(model_state_dict\.|model\.)?(encoder\.)?", ""),  # openai/whisper; Hugging Face
+        (r"^encoder\.", ""),  # openai/whisper; Hugging Face, as all that follows
         (r"^layers\.", "blocks."), (r"^layer_norm\.", "ln_post."),
         (r"^embed_positions\.weight", "positional_embedding"),
         (r"\.self_attn_layer_norm\.", ".attn_ln."), (r"\.final_layer_norm\.", ".mlp_ln."),
@@ -221,9 +222,11 @@ class Whisper(Encoder):
 
     @staticmethod
     def infer_config(state, names):
-        width, mels, _ = state["conv1.weight"].shape
-        return WhisperConfig(mels, width, count_modules(state, "blocks."),
-                             seconds=len(state["positional_embedding"]) / 50)
+        length, width = state["positional_embedding"].shape
+        mels = state["conv1.weight"].shape[1]
+        if mels > 201 or width % 64:
+            raise ValueError(f"with {mels} mel bands, {width} wide")
+        return WhisperConfig(mels, width, count_modules(state, "blocks."), seconds=length / 50)
 
 
 # ------ SSLAM (Alex et al., ICLR 2025; built as EAT, names of its Hugging Face port), for sounds
@@ -253,12 +256,10 @@ class SSLAM(Encoder):
     pool_size = 4
     num_prefix_tokens = 1  # cls
     key_map = (
-        (r"^(model\.)+", ""),  # fairseq: one or, fine-tuned, two; Hugging Face: one
         (r"^modality_encoders\.IMAGE\.(context_encoder\.norm\.)", "pre_norm."),
         (r"^modality_encoders\.IMAGE\.", ""))
-    # decoders, heads, copies, training states
-    ignored_keys = (r"_ema\.|(shared_)?decoder\.|recon_proj\.|cls_proj\.|center$|fc_norm\.|head\.|"
-                    r"args\.|cfg\.|criterion\.|(last_)?optimizer_|task_state\.|extra_state\.")
+    # decoders and heads
+    ignored_keys = r"(shared_)?decoder\.|recon_proj\.|cls_proj\.|center$|fc_norm\.|head\."
 
     def __init__(self, config):
         super().__init__(config)
@@ -301,10 +302,10 @@ class SSLAM(Encoder):
     @staticmethod
     def infer_config(state, names):
         name = "fixed_positional_encoder.positions"
-        columns = min(64, state[name].shape[1] // 8)  # some files have positions for 122 s
+        _, length, width = state[name].shape
+        columns = min(64, length // 8)  # some files have positions for 122 s
         state[name] = state[name][:, :columns * 8]
-        return SSLAMConfig(state["extra_tokens"].shape[2], count_modules(state, "blocks."),
-                           seconds=columns * 0.16)
+        return SSLAMConfig(width, count_modules(state, "blocks."), seconds=columns * 0.16)
 
 
 # ------------------ CLAP (Wu et al. 2022, Elizalde et al. 2023; names of laion_clap), for sounds
@@ -388,7 +389,6 @@ class CLAP(Encoder):
                                 rate=16000, hop=256, high=8000.0, bank_rate=16000)}
     pool_size = 2
     key_map = (
-        (r"^(state_dict\.|model\.)?(module\.)?", ""),
         (r"^(audio_branch|audio_encoder\.base\.htsat)\.", ""),  # laion_clap; Microsoft
         (r"^(audio_model\.)?audio_encoder\.", ""),  # Hugging Face, as all that follows
         (r"^batch_norm\.", "bn0."), (r"^logmel_extractor\.melW$", "filters"),
@@ -398,7 +398,7 @@ class CLAP(Encoder):
         (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2."))
     # text towers, heads, copies of what is computed here, what long clips alone need
     ignored_keys = (r"text_|caption_encoder\.|logit_scale|(audio_)?projection\.|audio_transform\.|"
-                    r"spectrogram_extractor\.|tscam_conv\.|head\.|optimizer\.|scaler\.|"
+                    r"spectrogram_extractor\.|tscam_conv\.|head\.|"
                     r".*\.(attn_mask|relative_position_index)$|"
                     r".*\b(mel_conv[12]d|fusion_model)\.")
 
@@ -476,18 +476,15 @@ def load_encoder(kind, path, dtype=torch.float32):
     """
     encoder_class, tensors = ENCODERS[kind], load_tensors(path)
     names = list(tensors)
-    state = rename_keys(encoder_class, tensors)
-    try:
+    with as_value_error(path, f"{kind} encoder among its {len(names)} tensors"):
+        state = rename_keys(encoder_class, strip_prefixes(tensors))
         config = encoder_class.infer_config(state, " ".join(names))
-    except (KeyError, ValueError, IndexError) as error:  # absent, or not of so many dimensions
-        reason = f"among its {len(names)} tensors ({error})"
-        raise ValueError(f"{path}: no {kind} encoder {reason}") from None
-    with torch.device("meta"):  # no memory for weights that are about to be replaced
-        encoder = encoder_class(config)
-    filters = state.pop("filters", encoder.filters)  # CLAP's files may bring their own
-    if filters.shape != encoder.filters.shape:
-        raise ValueError(f"{path}: its mel filters are {tuple(filters.shape)}, not "
-                         f"{tuple(encoder.filters.shape)}")
+        with build_for(state):
+            encoder = encoder_class(config)
+        filters = state.pop("filters", encoder.filters)  # CLAP's files may bring their own
+        if filters.shape != encoder.filters.shape or not filters.is_floating_point():
+            raise ValueError(f"its mel filters are {filters.dtype} {tuple(filters.shape)}, not "
+                             f"{tuple(encoder.filters.shape)}")
     load_weights(encoder, state, f"{path}: not quite a {kind} encoder", dtype)
     encoder.filters, encoder.checkpoint_path = filters.float(), str(path)
     return encoder.eval()
@@ -501,8 +498,11 @@ def rename_keys(encoder_class, tensors):
         name, tensor = tensors.popitem()
         for pattern, replacement in encoder_class.key_map:
             name = re.sub(pattern, replacement, name)
-        if not re.match(encoder_class.ignored_keys, name):
-            state[name] = tensor
+        if re.match(encoder_class.ignored_keys, name):
+            continue
+        if name in state or not holds_numbers(tensor):
+            raise ValueError(f"{name} is there twice, or has not the numbers of its shape")
+        state[name] = tensor
     for name in [name for name in state if ".qkv.query." in name]:
         parts = [name.replace("qkv.query", f"qkv.{part}") for part in ("query", "key", "value")]
         if all(part in state and state[part].shape == state[name].shape for part in parts):
@@ -513,4 +513,7 @@ def rename_keys(encoder_class, tensors):
 
 def count_modules(state, prefix):
     """How many modules there are in the list `prefix`."""
-    return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+    count = len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+    if count > 200:
+        raise ValueError(f"{count} modules {prefix}")
+    return count

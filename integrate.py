@@ -30,10 +30,10 @@ from torch import nn
 
 from encoders import ENCODERS, load_encoder
 from lib.tokenizers import tokenizer_from_bytes
-from lib.weights import (bytes_to_tensor, load_checkpoint, load_weights, save_atomically,
-                         tensor_to_bytes)
-from model import (LLM, PAD_POSITION, KVCache, LLMConfig, cat_broadcast, make_positions, rotary,
-                   rotate)
+from lib.weights import (as_value_error, build_for, bytes_to_tensor, check_values,
+                         load_checkpoint, load_weights, save_atomically, tensor_to_bytes)
+from model import (LLM, PAD_POSITION, KVCache, Linear, LLMConfig, cat_broadcast, make_positions,
+                   rotary, rotate)
 
 
 class Segment(NamedTuple):
@@ -67,10 +67,11 @@ def hear(llm, audio, route, cache=None, layers=None, positions=None, rotate_keys
     for i in layers:
         gain = llm.model.layers[i].input_layernorm.weight
         attention = llm.model.layers[i].self_attn
-        # This reads the weights themselves, past any wrapper's forward: a LoRA layer (low-rank
-        # adaptation) around k_proj or v_proj must offer W + BA as its `weight`.
-        k, v = (attention.split_heads(F.linear(normalized, proj.weight * gain, proj.bias))
-                for proj in (attention.k_proj, attention.v_proj))  # (B, N, K, d)
+        # Only model.py's own Linear is known to be its weight and bias: whatever was put in its
+        # place, as LoRA (low-rank adaptation) is, is called with the normed input.
+        k, v = (F.linear(normalized, proj.weight * gain, proj.bias) if type(proj) is Linear
+                else proj(normalized * gain) for proj in (attention.k_proj, attention.v_proj))
+        k, v = attention.split_heads(k), attention.split_heads(v)  # (B, N, K, d)
         cache.append(i, rotate(k, angles), v)
     return cache
 
@@ -380,6 +381,8 @@ class AudioLLM(nn.Module):
         self.llm, self.tokenizer = llm, tokenizer
         self.mode, self.config = mode, config
         self.encoders = nn.ModuleDict({k: encoders[k] for k in ENCODERS if k in encoders})
+        # seconds of a clip that the encoders hear: of files no more needs to be read
+        self.window = max((encoder.seconds for encoder in self.encoders.values()), default=0.0)
         self.routes = mode_routes(mode, self.encoders)
         plan = plan_connectors(self.encoders, config.connector)
         self.connector_inputs = {name: kinds for name, (_, kinds) in plan.items()}
@@ -392,7 +395,7 @@ class AudioLLM(nn.Module):
         layers = parse_layers(config.lal_layers, llm.config.num_hidden_layers)
         rotate_keys = config.audio_rope == "on"
         if (layers or not rotate_keys) and "lal" not in self.routes.values():
-            raise ValueError(f"lal-layers, audio-rope: in mode {mode} nothing goes LAL's way")
+            raise ValueError(f"lal-layers, audio_rope: in mode {mode} nothing goes LAL's way")
         self.write = partial(hear, layers=layers, rotate_keys=rotate_keys)
         if MODES[mode]:
             MODES[mode](self)
@@ -487,7 +490,7 @@ class AudioLLM(nn.Module):
         clip_index[i], without clip_index about clip i. The rest as in LLM.generate."""
         prompts = [self.tokenizer.chat(question)[1] for question in questions]
         new = self.llm.generate(prompts, max_new_tokens, cache=cache, clip_index=clip_index,
-                                eos_id=self.tokenizer.eos_id, **sampling)
+                                eos_id=self.tokenizer.eos_ids, **sampling)
         return [self.tokenizer.decode(ids).strip() for ids in new]
 
     def save(self, path, **extra):
@@ -510,39 +513,50 @@ class AudioLLM(nn.Module):
 
         checkpoint_paths: {kind: path} of encoders' own files that have moved since.
         """
-        saved, encoders = load_checkpoint(path, CHECKPOINT_FORMAT), {}
-        try:
+        saved = load_checkpoint(path, CHECKPOINT_FORMAT)
+        guard = partial(as_value_error, path, "AudioLLM of this code", "use the code that wrote it")
+        with guard():
+            files = {kind: str((checkpoint_paths or {}).get(kind, about["checkpoint_path"]))
+                     for kind, about in saved["encoders"].items() if about["checkpoint_path"]}
+        encoders = {kind: load_encoder(kind, files[kind]) for kind in files if kind in ENCODERS}
+        with guard(), build_for(saved["state"]):
             for kind, about in saved["encoders"].items():
                 config = ENCODERS[kind].Config(**about["config"])
-                source = about["checkpoint_path"]
-                source = source and (checkpoint_paths or {}).get(kind, source)
-                encoders[kind] = load_encoder(kind, source) if source else ENCODERS[kind](config)
+                # its tables of filters and positions take memory: no size far above the public ones
+                largest = {name: max(getattr(size, name) for size in ENCODERS[kind].sizes.values())
+                           for name in vars(config)}
+                check_values(vars(config), largest, times=4)
+                check_values(about, {"pool_size": 1, "frozen": True})
+                if kind not in encoders:
+                    encoders[kind] = ENCODERS[kind](config)
                 if encoders[kind].config != config:
                     raise ValueError(f"{path}: was trained with another {kind}: {config}")
                 encoders[kind].pool_size = about["pool_size"]
                 encoders[kind].frozen = about["frozen"]
-            with torch.device("meta"):  # no memory for weights that are about to be replaced
-                llm = LLM(LLMConfig(**saved["llm"]))
+            llm = LLM(LLMConfig(**saved["llm"]))
             tokenizer = tokenizer_from_bytes(tensor_to_bytes(saved["tokenizer"]))
+            tokens, width = saved["state"]["llm.model.embed_tokens.weight"].shape
+            check_values({"tokens": tokenizer.vocab_size, "hidden_size": llm.config.hidden_size},
+                         {"tokens": tokens, "hidden_size": width}, times=1)
             config = IntegrationConfig(**saved["config"])
+            check_values(vars(config), vars(IntegrationConfig()), times=1000)
+        with guard(), build_for(saved["state"], "cpu"):  # a connector may hold plain tensors too
             model = cls(llm, tokenizer, encoders, saved["mode"], config)
-            model.load_checkpoint_state(path, saved)
-        except (KeyError, TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path}: made by another version of this code ({reason})") from None
+        model.load_checkpoint_state(path, saved)
         return model.eval()
 
     def load_checkpoint_state(self, path, saved):
         """Take the weights from a checkpoint of this very model. ValueError if it is of another."""
-        mine = {"mode": self.mode, **asdict(self.config)}
-        theirs = {"mode": saved["mode"], **asdict(IntegrationConfig(**saved["config"]))}
-        if mine != theirs:
-            differences = [f"{name} {theirs[name]}, not {mine[name]}" for name in mine
-                           if theirs[name] != mine[name]]
-            raise ValueError(f"{path}: was trained with {'; '.join(differences)}")
-        external = {name: t for name, t in self.state_dict().items() if self.is_external(name)}
-        load_weights(self, saved.pop("state") | external, f"{path}: of another model",
-                     torch.float32)
+        with as_value_error(path, "AudioLLM of this code", "use the code that wrote it"):
+            mine = {"mode": self.mode, **asdict(self.config)}
+            theirs = {"mode": saved["mode"], **asdict(IntegrationConfig(**saved["config"]))}
+            if mine != theirs:
+                differences = [f"{name} {theirs[name]}, not {mine[name]}" for name in mine
+                               if theirs[name] != mine[name]]
+                raise ValueError(f"{path}: was trained with {'; '.join(differences)}")
+            external = {name: t for name, t in self.state_dict().items() if self.is_external(name)}
+            load_weights(self, saved.pop("state") | external, f"{path}: of another model",
+                         torch.float32)
 
 
 import lib.variants  # noqa: E402, F401 - at the end, as it builds on this file: adds to MODES

@@ -13,8 +13,7 @@ Letters in shapes: B batch, T new tokens, S all tokens so far, D width, H heads,
 d head width, V vocabulary. RoPE is rotary position embedding, GQA grouped-query attention.
 """
 import math
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -22,9 +21,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from lib.weights import as_value_error, load_tensors, load_weights, read_json
+from lib.weights import (as_value_error, build_for, check_values, load_tensors, load_weights,
+                         read_json, strip_prefixes)
 
 PAD_POSITION = 1 << 30  # the position of padding: after every query, so no query sees it
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class LLMConfig:
     rope_scaling: dict = None  # Llama 3's four numbers, see LLAMA3_ROPE and `rotary`
 
     def __post_init__(self):
+        check_values(vars(self), {field.name: field.default for field in fields(self)})
+        if self.rope_scaling:
+            check_values(self.rope_scaling, dict.fromkeys(LLAMA3_ROPE, 1.0))
         H, K = self.num_attention_heads, self.num_key_value_heads
         assert H % K == 0, f"{H} heads cannot share {K} key-value heads evenly"
         assert self.head_dim % 2 == 0, f"head_dim {self.head_dim}: RoPE rotates pairs of numbers"
@@ -171,9 +175,6 @@ def attention_mask(queries, keys, no_padding, dtype):
     return None if T == 1 else causal_lower_right(T, S)
 
 
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
 def rotary(positions, config, dtype):
     """cos and sin (1 or B, T, 1, d) of the angles position * theta^(-2i/d), i < d/2, twice.
 
@@ -257,8 +258,8 @@ class Attention(nn.Module):
             q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, K, H / K, d)
             y = F.scaled_dot_product_attention(q, k, v, mask)
             return self.o_proj(y.reshape(B, 1, -1))  # (B, 1, D)
-        if x.is_cuda and not isinstance(mask, CausalBias):
-            # given an explicit mask, CUDA's fast kernels refuse keys that heads share
+        if x.is_cuda and not (isinstance(mask, CausalBias) and v.element_size() == 2):
+            # with an explicit mask, or in float32, CUDA's fast kernels refuse keys that heads share
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)  # (B, H, T, d)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
@@ -345,12 +346,19 @@ class LLM(nn.Module):
         Weights stored in `dtype` stay mapped to the file until they are used. Raises ValueError,
         one line, for a file that is missing, damaged, or of a model that is not computed here.
         """
-        with torch.device("meta"):  # no memory for weights that are about to be replaced
-            llm = cls(read_config(folder))
-        # Old Llamas store their RoPE frequencies, and some tied models their embedding twice.
-        unused = r".*rotary_emb\.inv_freq" + "|lm_head.weight" * llm.config.tie_word_embeddings
-        tensors = {name: tensor for name, tensor in load_tensors(folder).items()
-                   if not re.fullmatch(unused, name)}
+        config, tensors = read_config(folder), load_tensors(folder)
+        with as_value_error(folder, "weights of such a model"):
+            tensors = {name if name.startswith("lm_head.") else f"model.{name}": tensor
+                       for name, tensor in strip_prefixes(tensors).items()
+                       if not name.endswith("rotary_emb.inv_freq")}  # which old Llamas store
+            # a head that is no copy of the embedding is used, as transformers 5 does
+            head, embedding = tensors.get("lm_head.weight"), tensors["model.embed_tokens.weight"]
+            tied = config.tie_word_embeddings and (head is None or torch.equal(head, embedding))
+            config = replace(config, tie_word_embeddings=tied)
+            if tied:
+                tensors.pop("lm_head.weight", None)
+            with build_for(tensors):
+                llm = cls(config)
         load_weights(llm, tensors, folder, dtype, device)
         return llm.eval()
 
@@ -389,12 +397,12 @@ class LLM(nn.Module):
         """Continue one prompt (a list of ids) or a batch of them (a list of lists, or (B, T)).
 
         temperature 0 takes the likeliest token; above 0 it samples among the likeliest tokens that
-        together have probability top_p. An answer ends after max_new_tokens, or before eos_id.
+        together have probability top_p. An answer ends after max_new_tokens, or before eos_id:
+        an id, or a list of those that all end it.
         cache: what was read before; it is left as it is. Prompt i continues its row clip_index[i];
         without clip_index the cache has one row for all prompts, or one each.
         on_token: called with the list of the step's ids, one a row (None: that row has ended).
-        Returns the new ids: a list, or for a batch a list of lists. Raises ValueError for an empty
-        prompt.
+        Returns the new ids: a list, or for a batch a list of lists. ValueError for an empty prompt.
         """
         single = not torch.is_tensor(ids) and (len(ids) == 0 or isinstance(ids[0], int))
         prompts = [ids] if single else ids.tolist() if torch.is_tensor(ids) else ids
@@ -410,10 +418,11 @@ class LLM(nn.Module):
         hidden = self.model(self.embed(batch), positions, cache)
         hidden = hidden[torch.arange(B), lengths - 1]  # (B, D): of each prompt's last token
         answers, ended = [[] for _ in prompts], [False] * B
+        eos_ids = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
         for step in range(max_new_tokens):
             token = sample_token(self.head(hidden), temperature, top_p, rng)  # (B,)
             new = token.tolist()
-            ended = [e or t == eos_id for e, t in zip(ended, new)]
+            ended = [e or t in eos_ids for e, t in zip(ended, new)]
             for answer, t, e in zip(answers, new, ended):
                 if not e:
                     answer.append(t)
@@ -447,9 +456,25 @@ def sample_token(logits, temperature, top_p, rng=None):
 SUPPORTED = {
     "architectures": ("LlamaForCausalLM", "Qwen2ForCausalLM"), "hidden_act": ("silu",),
     "rope_type": ("default", "llama3"), "attention_bias": (False,), "mlp_bias": (False,),
-    "partial_rotary_factor": (1,), "use_sliding_window": (False,), "quantization_config": ()}
+    "partial_rotary_factor": (1,), "use_sliding_window": (False,), "quantization_config": (),
+    "full_attention": ()}  # RoPE settings of its own for each kind of layer
 REQUIRED_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                   "num_attention_heads")
+
+
+def read_rope(config):
+    """The RoPE settings of a config.json: rope_parameters or, by its older name, rope_scaling.
+    ValueError if a setting stands there twice with two values: programs differ in which they use.
+    """
+    default = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)}
+    ropes = [default | {"rope_type": rope.get("type", "default")} | rope
+             for rope in map(config.get, ("rope_parameters", "rope_scaling")) if rope] or [default]
+    for key, value in ropes[0].items():
+        for other in (ropes[-1], config):
+            if other.get(key) not in (value, None):
+                raise ValueError(f"its rope_parameters or rope_scaling say {key} {value!r}, and it "
+                                 f"says {other[key]!r} elsewhere: leave in the right one")
+    return ropes[0]
 
 
 def read_config(folder):
@@ -457,10 +482,8 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     config = read_json(path)
     with as_value_error(path, "model that can be computed here"):
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # newer, older
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        architecture = config["architectures"][0]
-        settings = config | rope | {"rope_type": rope_type, "architectures": architecture}
+        rope, architecture = read_rope(config), str((config["architectures"] or [None])[0])
+        settings = config | rope | {"architectures": architecture}
         for setting, supported in SUPPORTED.items():
             if settings.get(setting) not in (*supported, None):
                 raise ValueError(f"{setting} is {settings[setting]!r}, and can only be "
@@ -469,12 +492,9 @@ def read_config(folder):
         sizes = {size: config[size] for size in REQUIRED_SIZES}
         sizes["num_key_value_heads"] = config.get("num_key_value_heads") or heads
         sizes["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
-        for size, value in sizes.items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{size} is {value!r}, not a whole number of 1 or more")
-        llama3 = {key: float(rope[key]) for key in LLAMA3_ROPE} if rope_type == "llama3" else None
+        llama3 = rope["rope_type"] == "llama3"
         return LLMConfig(
             **sizes, qkv_bias=architecture == "Qwen2ForCausalLM",
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-            rope_scaling=llama3, tie_word_embeddings=bool(config.get("tie_word_embeddings")))
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6), rope_theta=rope["rope_theta"],
+            rope_scaling={key: rope[key] for key in LLAMA3_ROPE} if llama3 else None,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings")))

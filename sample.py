@@ -10,19 +10,21 @@ B rows, T text tokens, S all tokens, H heads, K key-value heads, d head width, V
 """
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from unicodedata import normalize
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.lists import QuestionList, record_seconds, wrong_clips
+from data.lists import (MAX_CHARACTERS, QuestionList, drop_unreadable, record_seconds,
+                        wrong_clips)
 from data.pretrain import parse_encoders
 from encoders import mel_filters, power_spectrum
 from integrate import LFST, AudioLLM, MLPConnector, Segment, pad_batch, prefill
-from lib.audio import load_audio
+from lib.audio import check_audio, load_audio
 from lib.cli import command_line, option, pick_device
 from lib.plots import draw_listening, import_figure
 from lib.scores import print_scores
@@ -31,6 +33,7 @@ from lib.weights import save_atomically
 from model import LLM, position_mask, rotate
 
 RATE = 16000  # samples per second of the spectrogram that --listen draws
+LISTEN_SECONDS = 60  # how much of a longer recording it draws
 
 
 def warn_length_mismatch(model, seconds):
@@ -68,6 +71,7 @@ def answer_all(model, features, questions, batch=256, **sampling):
             clip_index, index = map(list, zip(*rows[start:start + batch]))
             _, texts, choices = zip(*(questions[i] for i in index))
             replies = model.ask(cache, texts, clip_index, **sampling)
+            replies = [normalize("NFC", reply) for reply in replies]  # as in QuestionList
             likeliest = score_choices(model, cache, texts, choices, clip_index, batch)
             answers |= zip(index, zip(replies, likeliest))
     return [answers[i] for i in range(len(questions))]
@@ -113,18 +117,20 @@ def add_label_choices(items):
 
 def score_list(model, o):
     """Ask all questions of a list, write the answers as LTU does, print how good they are."""
-    if o.out and (Path(o.out).is_dir() or Path(o.out).resolve() == Path(o.data).resolve()):
-        raise ValueError(f"--out {o.out}: is a folder, or the list itself: name a new file")
     questions = QuestionList(o.data, o.audio_root, o.skip_bad)
-    items = list(questions)
-    clips, seconds = record_seconds(questions.clips())
+    clips, seconds = record_seconds(questions.clips(model.window))
+    inputs = o.data, *(e.checkpoint_path or o.ckpt for e in model.encoders.values()), o.ckpt, *clips
+    if o.out and Path(o.out).exists() and (
+            not Path(o.out).is_file() or any(map(Path(o.out).samefile, inputs))):
+        raise ValueError(f"--out {o.out}: is a folder, a device, or read here; name a new file")
+    items = drop_unreadable(questions, clips) if o.skip_bad else list(questions)
     add_label_choices(items)
     columns = {"model": clips}
     if o.controls:
         columns["silence"] = {clip: lambda rate, read=read: torch.zeros_like(read(rate))
                               for clip, read in clips.items()}
         if other := wrong_clips({item["clip"]: item["domain"] for item in items}):
-            columns["wrong clip"] = {clip: clips[other[clip]] for clip in clips}
+            columns["wrong clip"] = {clip: clips[wrong] for clip, wrong in other.items()}
     prompts = [(column[item["clip"]], item["instruction"], item["choices"])
                for column in columns.values() for item in items]  # one call: a clip is heard once
     answers = answer_all(model, model.features, prompts, o.batch, max_new_tokens=o.max_new_tokens,
@@ -272,6 +278,8 @@ def check_options(o):
         raise ValueError("--data has the questions and the sounds: leave out --audio and --prompt")
     if not o.data and (o.out or o.controls or o.audio_root):
         raise ValueError("--out, --controls and --audio-root go with --data, which is missing")
+    if 0 < o.temperature < 1e-6:  # beyond what float32 can divide by
+        raise ValueError(f"--temperature {o.temperature:g}: expected 0, or 1e-06 to 100")
 
 
 def newest_checkpoint():
@@ -313,31 +321,35 @@ def read_questions():
     try:
         while question := input("> ").strip():
             yield question
-    except EOFError:
+    except (EOFError, RuntimeError):  # the end, or no terminal at all
         pass
 
 
 def main(o):
     check_options(o)
+    o = o if o.llm or o.ckpt else replace(o, ckpt=str(newest_checkpoint()))
     # first the sound, as it is quick to read and the likeliest to be mistaken
-    wave = load_audio(o.audio, RATE) if o.audio else None
+    wave = load_audio(o.audio, RATE, LISTEN_SECONDS) if o.audio else None
     model = (AudioLLM(LLM.from_pretrained(o.llm), load_tokenizer(o.llm), {}, "plits") if o.llm
-             else load_model(o.ckpt or newest_checkpoint(), o.encoders))
+             else load_model(o.ckpt, o.encoders))
     model.to(pick_device(o.device))
     if o.data:
         return score_list(model, o)
     if o.audio:
-        warn_length_mismatch(model, [len(wave) / RATE])
-    features, = model.features([partial(load_audio, o.audio)]) if o.audio else [{}]
+        warn_length_mismatch(model, [check_audio(o.audio)])
+    clip = partial(load_audio, o.audio, seconds=model.window)
+    features, = model.features([clip]) if o.audio else [{}]
     tokenizer, cache = model.tokenizer, model.hear([features])
     past = []  # ids of the talk so far; about a sound each question stands alone, as in training
     for question in read_questions() if o.prompt is None else [o.prompt]:
         question = question.encode(errors="replace").decode()  # bytes that are no text become ?
+        if len(question) > MAX_CHARACTERS:
+            raise ValueError(f"a question can have {MAX_CHARACTERS:,} characters: shorten it")
         before, prompt = tokenizer.chat(question, continuing=bool(past))
         ids = past + before + prompt if past else prompt
         answer = stream_answer(tokenizer, partial(
             model.llm.generate, ids, o.max_new_tokens, o.temperature, o.top_p, cache=cache,
-            eos_id=tokenizer.eos_id, seed=o.seed))
+            eos_id=tokenizer.eos_ids, seed=o.seed))
         if not o.audio:
             past = ids + answer
         if o.listen is not None:

@@ -20,7 +20,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +30,17 @@ from tqdm import tqdm
 
 import data.world
 import encoders
-from data.batches import ItemDataset, index_batches, load_batches
+from data.batches import (ItemDataset, index_batches, load_batches, read_clips,
+                          report_unreadable)
 from data.lists import QuestionList, add_token_ids, count_answers, record_seconds, wrong_clips
 from data.pretrain import load_base
 from integrate import CHECKPOINT_FORMAT, CONNECTORS, MODES, IntegrationConfig
+from lib import audio, resampling
 from lib.cli import command_line, option, pick_device
 from lib.optim import cosine_schedule, pad_rows, peak_memory
 from lib.processes import (catch_stop_signals, join_processes, leave_processes, rank_and_size,
                            sum_over_processes)
-from lib.weights import load_checkpoint, save_atomically
+from lib.weights import find_file, load_checkpoint, save_atomically
 from sample import answer_all, warn_length_mismatch
 
 PRECISION = "auto"     # of matrix products: bfloat16, float32, or auto: bfloat16 on cuda alone
@@ -136,20 +138,22 @@ class Split:
     items: list | QuestionList    # questions about them
     fingerprint: str              # changes when the data do
     features: dict | None = None  # {clip: {kind: (n, De)}}; None: encoded when they are needed
+    unreadable: set | None = None  # clips that were left out; None: such a clip is an error
 
 
-def load_data(o, tokenizer):
-    """The training, validation and test Split that the options name; some may be the same one."""
+def load_data(o, tokenizer, window=None):
+    """The training, validation and test Split that the options name; some may be the same one.
+    window: how many seconds of a clip are heard."""
     if not o.data and (o.val_data or o.audio_root):
         raise ValueError("--val-data and --audio-root say more about --data, which is missing")
     if o.data and not o.keep_features and not o.val_data:
         raise ValueError("--no-keep-features with --data needs --val-data besides")
-    splits = []
+    splits, unreadable = [], set() if o.skip_bad else None
     for path in filter(None, (o.data, o.val_data)):
         questions = QuestionList(path, o.audio_root, o.skip_bad)
         # of a list of millions, whose features are not kept, not even the clips' names are
-        clips = questions.clips() if o.keep_features or path != o.data else {}
-        splits.append(Split(clips, questions, questions.fingerprint))
+        clips = questions.clips(window) if o.keep_features or path != o.data else {}
+        splits.append(Split(clips, questions, questions.fingerprint, unreadable=unreadable))
     if not o.data:
         for name, size in (("train", o.clips), ("val", VALIDATION_CLIPS), ("test", o.test_clips)):
             world = data.world.load_world(name, size, o.seed, o.difficulty)
@@ -160,40 +164,72 @@ def load_data(o, tokenizer):
     return splits[0], splits[min(1, len(splits) - 1)], splits[-1]
 
 
-def extract_features(model, clips):
-    """Features of every clip, in eval mode and without gradients: {clip: {kind: (n, De)}}."""
+def extract_features(model, clips, unreadable=None):
+    """Features of every clip, in eval mode and without gradients: {clip: {kind: (n, De)}}.
+
+    unreadable: a set that gets the clips that cannot be read, which are told of and left out; None:
+    such a clip is a ValueError.
+    """
     model.eval()
     clips, seconds = record_seconds(clips)
     # On a CPU each core has clips of its own, which is sooner done than all cores at one batch; for
-    # a GPU one thread reads while the other waits. About 16 clips are in memory at once.
-    threads = torch.get_num_threads() if model.device.type == "cpu" else 2
-    readers, size = list(clips.values()), math.ceil(16 / threads)
-    groups = [readers[i:i + size] for i in range(0, len(readers), size)]
+    # a GPU one thread reads while the other waits, but mps takes one alone. About 16 clips are in
+    # memory at once.
+    threads = {"cpu": torch.get_num_threads(), "mps": 1}.get(model.device.type, 2)
+    names, size = list(clips), math.ceil(16 / threads)
+    groups = [{clip: clips[clip] for clip in names[i:i + size]}
+              for i in range(0, len(names), size)]
+    encode, features = partial(encode_clips, model, skip_bad=unreadable is not None), {}
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        results = pool.map(model.features, groups)
-        results = tqdm(results, "features", len(groups), leave=False, mininterval=1)
-        features = dict(zip(clips, chain.from_iterable(results)))
+        results = pool.map(encode, groups)
+        for encoded, problems in tqdm(results, "features", len(groups), leave=False, mininterval=1):
+            features |= encoded
+            report_unreadable(problems, unreadable)
+    if not features:
+        raise ValueError("none of the clips can be read: give others")
     warn_length_mismatch(model, list(seconds.values()))
     return features
+
+
+@torch.no_grad()
+def encode_clips(model, clips, skip_bad):
+    """The features of clips {clip: function rate -> (samples,)}, on the CPU: {clip: {kind: (n,
+    De)}}, and {clip: why it cannot be read}."""
+    spectrograms, problems = read_clips(model.spectrograms, clips, skip_bad)
+    encoded = model.encode(list(spectrograms.values())) if spectrograms else []
+    return {clip: {kind: x.cpu() for kind, x in features.items()}
+            for clip, features in zip(spectrograms, encoded)}, problems
+
+
+def load_scored(model, split):
+    """The features of a split's clips, and the items about them, to score answers."""
+    features = split.features or extract_features(model, split.clips, split.unreadable)
+    return features, [item for item in split.items if item["clip"] in features]
 
 
 def load_features(model, split, o):
     """The features of a split's clips, out of --feature-cache if an earlier run left them there, in
     a file whose name is a hash of all that they depend on: clips, encoders and code."""
     if not o.feature_cache:
-        return extract_features(model, split.clips)
-    files = [o.base, encoders.__file__, data.world.__file__, *split.clips]
+        return extract_features(model, split.clips, split.unreadable)
+    code = audio, resampling, encoders, data.world
+    files = [find_file(o.base), *(module.__file__ for module in code), *split.clips]
     files += [encoder.checkpoint_path for encoder in model.encoders.values()]
     files = [Path(file).stat() for file in files if isinstance(file, (str, Path))]
-    key = split.fingerprint, o.encoders, model.pool_sizes, [
-        (file.st_size, file.st_mtime_ns) for file in files]
+    key = split.fingerprint, model.pool_sizes, [(f.st_size, f.st_mtime_ns) for f in files]
     path = Path(o.feature_cache) / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pt"
     if path.is_file():
-        print(f"features are read from {path}")
-        return dict(zip(split.clips, load_checkpoint(path, "features 1")["features"]))
-    features = extract_features(model, split.clips)
+        saved = load_checkpoint(path, "features 1")["features"]  # None: could not be read
+        features = {clip: x for clip, x in zip(split.clips, saved) if x is not None}
+        if o.skip_bad or len(features) == len(saved):
+            print(f"features are read from {path}; it has {len(features)} of {len(saved)} clips")
+            if o.skip_bad:
+                split.unreadable.update(set(split.clips) - set(features))
+            return features
+    features = extract_features(model, split.clips, split.unreadable)
     if rank_and_size()[0] == 0:
-        save_atomically(path, {"format": "features 1", "features": list(features.values())})
+        saved = [features.get(clip) for clip in split.clips]
+        save_atomically(path, {"format": "features 1", "features": saved})
     return features
 
 
@@ -322,10 +358,10 @@ def start_stage(model, stage, o, start):
 
 def finish_stage(model, val_data, o, file, stage, step, loss, seconds):
     """Validate, and save where the next stage starts, which is also the model to ask."""
-    features = val_data.features or extract_features(model, val_data.clips)
-    share = exact_match(model, features, val_data.items)
+    features, items = load_scored(model, val_data)
+    share = exact_match(model, features, items)
     print(f"stage {stage.name}: loss {loss:.3f}, validation {share:.1%} exact "
-          f"({len(val_data.items)} questions), {1000 * seconds:.0f} ms a step")
+          f"({len(items)} questions), {1000 * seconds:.0f} ms a step")
     log(file, step=step, stage=stage.name, validation=share)
     for name in (f"stage{stage.name}", "model") if rank_and_size()[0] == 0 else ():
         model.save(f"{o.out}/{name}.pt", step=step, stage=stage.name, options=asdict(o))
@@ -345,6 +381,17 @@ def print_parameters(model, stages, freeze):
         print(f"{part:<20}{size:>14,} parameters, {states[part]}")
 
 
+def compile_mlps(model):
+    """Compile the feed-forward parts by torch.compile. ValueError if that is not possible here."""
+    for block in model.llm.model.layers:
+        block.mlp.compile(dynamic=True)
+    try:
+        block.mlp(next(block.mlp.parameters()).new_zeros(2, 3, model.llm.config.hidden_size))
+    except Exception as error:  # there is no compiler, for one
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"--compile does not work here ({reason}); leave it out") from None
+
+
 def wrap_mlps(model):
     """Make the feed-forward parts, which keep the most for backward, keep nothing but their input.
     Attention writes a cache, which must not happen twice."""
@@ -355,7 +402,10 @@ def wrap_mlps(model):
 # ---------------------------------------------------------------------------- logs and checkpoints
 
 def log(file, **line):
-    print(json.dumps(line), file=file, flush=True)
+    try:
+        print(json.dumps(line), file=file, flush=True)
+    except OSError as error:  # a full disk
+        raise OSError(error.errno, error.strerror, file.name) from None
 
 
 def open_metrics(o, start):
@@ -384,9 +434,10 @@ def list_steps(folder):
     return sorted(Path(folder).glob("step-*.pt"))
 
 
-# The options that may change at --resume, as they alter sums by no more than their rounding.
+# The options that may change at --resume, as they alter sums by no more than their rounding, or,
+# --skip-bad, leave out what could not be learnt.
 RESUMABLE_CHANGES = {"resume", "out", "device", "save_every", "micro", "workers", "recompute",
-                     "keep_features", "feature_cache"}
+                     "compile", "keep_features", "feature_cache", "skip_bad"}
 
 
 def load_start(model, o, fingerprint):
@@ -415,7 +466,8 @@ def load_start(model, o, fingerprint):
                              f"{value}; --resume goes on as it began")
     if saved["data"] != fingerprint:
         raise ValueError(f"{o.data} has changed since {path} was saved: it had {saved['data']}, "
-                         f"it has {fingerprint}")
+                         f"it has {fingerprint}; put it back as it was, and if a clip cannot be "
+                         "read, leave its questions in and add --skip-bad")
     return saved
 
 
@@ -488,9 +540,8 @@ class Options:
     mode: str = option("lal", "how the audio enters the LLM", choices=tuple(MODES))
     connector: str = option(None, "auto: lfst for sslam with clap, else mlp; default: mlp for the "
                                   "miniatures, else auto", choices=("auto", *CONNECTORS))
-    config: str = option(None, "IntegrationConfig's numbers, like queries=16,grid_bands=4")
+    config: str = option(None, "IntegrationConfig's fields, like queries=16,audio_rope=off")
     lal_layers: str = option("all", "layers that hear, under lal and pal: all, 2: or ::2 or 0,1")
-    audio_rope: str = option("on", "off: LAL's audio keys have no positions", choices=("on", "off"))
     freeze: str = option("none", "LLM weights never to train: ffn, or all: llm",
                          choices=("none", "ffn", "llm"))
     train_encoders: bool = option(False, "train the encoders too, whenever the LLM is trained")
@@ -521,6 +572,7 @@ class Options:
     resume: bool = option(False, "go on from the newest step-*.pt in --out, with the same options")
     micro: int = option(32, "questions at once: a larger batch is added up, part by part", low=1)
     recompute: bool = option(False, "save memory: compute feed-forward parts again for backward")
+    compile: bool = option(False, "torch.compile the feed-forward parts: faster on a GPU")
     keep_features: bool = option(True, "hear each training clip once, not whenever it is asked for")
     feature_cache: str = option(None, "folder where features are kept for later runs")
     workers: int = option(0, "processes that read and prepare data ahead", high=256)
@@ -530,14 +582,16 @@ class Options:
 def make_config(o):
     """The IntegrationConfig that the options name."""
     values = {"connector": o.connector or ("auto" if "=" in o.encoders else "mlp"),
-              "lal_layers": o.lal_layers, "audio_rope": o.audio_rope}
-    names = [field.name for field in fields(IntegrationConfig) if field.name not in values]
+              "lal_layers": o.lal_layers}
+    switch = "audio_rope"  # whether LAL's audio keys have positions
+    names = [f.name for f in fields(IntegrationConfig) if f.name not in {*values, switch}]
     for setting in o.config.split(",") if o.config else ():
-        name, _, number = setting.partition("=")
-        if name not in names or not number.isdecimal() or not 1 <= int(number) <= 9999:
-            raise ValueError(f"--config {setting}: expected a number from 1 to 9999 for one of "
-                             + ", ".join(f"{name}=" for name in names))
-        values[name] = int(number)
+        name, _, text = setting.partition("=")
+        is_number = name in names and text.isdecimal() and 1 <= int(text) <= 9999
+        if not is_number and setting not in (f"{switch}=on", f"{switch}=off"):
+            raise ValueError(f"--config {setting}: expected {switch}=on, {switch}=off, or a number "
+                             "from 1 to 9999 for one of " + ", ".join(f"{n}=" for n in names))
+        values[name] = int(text) if is_number else text
     return IntegrationConfig(**values)
 
 
@@ -550,7 +604,7 @@ def main(o):
     model = load_base(o.base, o.mode, make_config(o), o.encoders, o.llm)
     for encoder in model.encoders.values():
         encoder.frozen = not o.train_encoders
-    train_data, val_data, test_data = splits = load_data(o, model.tokenizer)
+    train_data, val_data, test_data = splits = load_data(o, model.tokenizer, model.window)
     plan = plan_stages(train_data.items, o)
     Path(o.out).mkdir(parents=True, exist_ok=True)
     start = load_start(model, o, train_data.fingerprint)
@@ -558,6 +612,8 @@ def main(o):
     model.to(device)
     if o.recompute:
         wrap_mlps(model)
+    if o.compile:
+        compile_mlps(model)
     for split in splits:  # some of them may be the same
         keep = not o.train_encoders and (o.keep_features or split is not train_data)
         if keep and split.features is None:
@@ -567,8 +623,8 @@ def main(o):
     with open_metrics(o, start) as file:
         print_parameters(model, [stage for stage, *_ in plan], o.freeze)
         seconds = train(model, plan, train_data, val_data, o, file, start)
-        features = test_data.features or extract_features(model, test_data.clips)
-        scores = evaluate(model, features, test_data.items, train_data.items)
+        features, items = load_scored(model, test_data)
+        scores = evaluate(model, features, items, train_data.items)
         print(f"{1000 * seconds:.0f} ms a step, peak memory {peak_memory(device):.0f} MiB; the "
               f"model is {o.out}/model.pt")
         log(file, scores=scores, seconds_per_step=seconds, options=asdict(o))

@@ -7,15 +7,17 @@ allows, which several processes share. Try:
                np.random.default_rng(0)); print(next(b), next(b), next(b))"
 """
 import os
+import sys
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from data.lists import add_token_ids, count_answers
 from lib.audio import load_audio
-from lib.processes import rank_and_size, start_session
+from lib.processes import gather_lists, rank_and_size, start_session
 
 QUESTIONS_A_CLIP = 4  # that meet in a batch, where their clip is heard once for all of them
 
@@ -57,6 +59,7 @@ class Microbatch(NamedTuple):
     answers: int        # in the whole batch, in all processes
     last: bool          # whether it is its process's last one of the batch
     spectrograms: dict  # {clip: its spectrograms}, empty if features are kept
+    left_out: list      # (clip, why, answers) of each question whose clip cannot be read
 
 
 def microbatches(batches, items, size, rank=0, ranks=1):
@@ -68,26 +71,61 @@ def microbatches(batches, items, size, rank=0, ranks=1):
         answers = sum(count_answers(items[i]) for i in batch)
         own = np.array_split(batch, ranks)[rank].tolist()
         for i in range(0, max(1, len(own)), size):  # an empty one, if there are too few
-            yield Microbatch(own[i:i + size], answers, i + size >= len(own), {})
+            yield Microbatch(own[i:i + size], answers, i + size >= len(own), {}, [])
+
+
+def read_clips(spectrograms, clips, skip_bad):
+    """Read clips {clip: function rate -> (samples,)}, of any split, for `spectrograms`, AudioLLM's.
+
+    Returns {clip: its spectrograms} and {clip: why it cannot be read}. The first of those is a
+    ValueError unless skip_bad.
+    """
+    loaded, problems = {}, {}
+    for clip, read in clips.items():
+        try:
+            loaded[clip] = spectrograms(read)
+        except ValueError as error:
+            if not skip_bad:
+                raise
+            problems[clip] = str(error)
+    return loaded, problems
+
+
+def report_unreadable(problems, unreadable):
+    """Name the clips of {clip: why} once, in one process, and add them to the set `unreadable`."""
+    for clip in [clip for clip in problems if clip not in unreadable]:
+        unreadable.add(clip)
+        if rank_and_size()[0] == 0:
+            message = f"{problems[clip]} (left out: clip {len(unreadable)} so far)"
+            tqdm.write(message, file=sys.stderr)
 
 
 class ItemDataset:
-    """Loads Microbatches: items with token ids and, if features are not kept, spectrograms."""
+    """Loads Microbatches: items with token ids and, if features are not kept, spectrograms. Items
+    whose clip has no features, or cannot be read, are left out."""
 
     def __init__(self, split, model):  # split: see train.Split
         self.split, self.tokenizer, self.spectrograms = split, model.tokenizer, model.spectrograms
+        self.window = model.window
 
     def __getitem__(self, part):
         try:
             items = add_token_ids(self.tokenizer, [self.split.items[i] for i in part.items])
-            spectrograms = {}
-            for item in items if self.split.features is None else ():
-                if (clip := item["clip"]) not in spectrograms:
-                    read = self.split.clips.get(clip) or partial(load_audio, clip)
-                    spectrograms[clip] = self.spectrograms(read)
-            return part._replace(items=items, spectrograms=spectrograms)
+            spectrograms, problems = {}, {}
+            if self.split.features is None:
+                clips = {item["clip"]: self.reader(item["clip"]) for item in items}
+                spectrograms, problems = read_clips(
+                    self.spectrograms, clips, self.split.unreadable is not None)
+            readable = spectrograms if self.split.features is None else self.split.features
+            left_out = [(item["clip"], problems.get(item["clip"]), count_answers(item))
+                        for item in items if item["clip"] not in readable]
+            items = [item for item in items if item["clip"] in readable]
+            return part._replace(items=items, spectrograms=spectrograms, left_out=left_out)
         except ValueError as e:  # raised in a worker it would come with a page of its traceback
             return part._replace(items=e)
+
+    def reader(self, clip):
+        return self.split.clips.get(clip) or partial(load_audio, clip, seconds=self.window)
 
 
 def load_batches(batches, dataset, o):
@@ -103,5 +141,16 @@ def load_batches(batches, dataset, o):
             raise part.items
         loaded.append(part)
         if part.last:
-            yield loaded
+            yield leave_out(loaded, dataset.split)
             loaded = []
+
+
+def leave_out(parts, split):
+    """The Microbatches of a batch, whose answers no longer count those that are left out, in any
+    process; clips that cannot be read are told of."""
+    if split.unreadable is None:
+        return parts
+    left_out = gather_lists([question for part in parts for question in part.left_out])
+    report_unreadable({clip: why for clip, why, _ in left_out}, split.unreadable)
+    answers = parts[0].answers - sum(count for *_, count in left_out)
+    return [part._replace(answers=answers) for part in parts]

@@ -16,31 +16,35 @@ import tempfile
 import weakref
 import zlib
 from array import array
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from unicodedata import normalize
 
 from tqdm import tqdm
 
-from lib.audio import load_audio
+from lib.audio import check_audio, load_audio
 
 TEXT_FIELDS = ("audio_id", "instruction", "output", "input", "task", "dataset")
 REQUIRED_FIELDS = ("audio_id", "instruction", "output")
 MAX_MESSAGES = 10  # of the items that cannot be used, so many are named
+MAX_CHARACTERS = 4000  # of a text: attention takes memory as the square of its length
 
 
 class QuestionList:
     """The items of a list, each read from its file when it is asked for, in any process.
 
-    All items are checked at once. Those with a mistake are an error, or, with skip_bad, named and
-    left out. In memory stay, for each item, where its line begins, the line's length, and a number
-    for its task: 14 bytes. audio_root: the folder that audio_id is relative to (None: the list's).
-    fingerprint changes when the list does. Raises ValueError, one line, that names the item.
+    All items are checked at once, and the headers of their clips. Those with a mistake are an
+    error, or, with skip_bad, named and left out. In memory stay, for each item, where its line
+    begins, the line's length and checksum, and a number for its task: 20 bytes. audio_root: the
+    folder that audio_id is relative to (None: the list's). fingerprint changes when the list does,
+    not when a clip does. Raises ValueError, one line, that names the item.
     """
 
     def __init__(self, path, audio_root=None, skip_bad=False):
         self.path = path
         self.root = Path(audio_root or Path(path).parent)
-        self.starts, self.sizes, self.task_numbers = array("q"), array("i"), array("H")
+        self.starts, self.sizes, self.task_numbers = array("q"), array("i"), array("i")
+        self.checksums = array("I")
         self.tasks = {}  # task: its number
         self.jsonl, unit, first = as_json_lines(path)
         if self.jsonl != path:
@@ -61,6 +65,7 @@ class QuestionList:
         """Check all items; returns how many cannot be used, and what is wrong with the first."""
         count, problems = 0, []
         checksum, next_start = 0, 0
+        check_clip = lru_cache(4096)(check_audio)  # items about one clip are often neighbours
         with open(self.jsonl, "rb") as file:
             for n, line in enumerate(tqdm(file, "questions", leave=False, delay=1), first):
                 start, next_start = next_start, next_start + len(line)
@@ -68,45 +73,46 @@ class QuestionList:
                 if not line.strip():
                     continue
                 try:
-                    task = self.parse_item(line, f"{unit} {n}")["task"]
+                    item = self.parse_item(line)
+                    check_clip(item["clip"])
                 except ValueError as error:
                     count += 1
-                    problems += [str(error)] if count <= MAX_MESSAGES else []
+                    problems += [f"{self.path}: {unit} {n}: {error}"][:count <= MAX_MESSAGES]
                     continue
                 self.starts.append(start)
                 self.sizes.append(len(line))
-                self.task_numbers.append(self.tasks.setdefault(task, len(self.tasks)))
-        self.fingerprint = f"{len(self)} items, checksum {checksum:08x}"
+                self.checksums.append(zlib.crc32(line))
+                self.task_numbers.append(self.tasks.setdefault(item["task"], len(self.tasks)))
+        self.fingerprint = f"{len(self) + count} items, checksum {checksum:08x}"
         return count, problems
 
-    def parse_item(self, line, name):
-        """The item in a line of JSON, checked; `name` is what an error calls it."""
-        source = f"{self.path}: {name}"
+    def parse_item(self, line):
+        """The item in a line of JSON. ValueError: what is wrong with it, but for its clip."""
         try:
             raw = json.loads(line)
-        except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
-            reason = getattr(error, "msg", "not text")
-            raise ValueError(f"{source} is not JSON ({reason})") from None
+        except (ValueError, RecursionError) as error:  # JSONDecodeError has msg
+            raise ValueError(f"not JSON ({getattr(error, 'msg', 'no text or too deep')})") from None
         if not isinstance(raw, dict):
-            raise ValueError(f"{source} is {type(raw).__name__}, not an object")
-        for field in TEXT_FIELDS:
-            text = raw.get(field) or ""
+            raise ValueError(f"{type(raw).__name__}, not an object")
+        choices = raw.get("choices") or []
+        if not isinstance(choices, list):
+            raise ValueError("its field 'choices' is not a list of texts")
+        texts = [(field, raw.get(field) or "") for field in TEXT_FIELDS]
+        for field, text in texts + [("choices", choice) for choice in choices]:
             # half of a cut emoji is valid JSON, but no character
             if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
-                raise ValueError(f"{source}: its field {field!r} is not text")
+                raise ValueError(f"its field {field!r} is not text")
+            if len(text) > MAX_CHARACTERS:
+                raise ValueError(f"its field {field!r} has {len(text):,} characters; cut it to at "
+                                 f"most {MAX_CHARACTERS:,}")
             if field in REQUIRED_FIELDS and not text.strip():
-                raise ValueError(f"{source} has no text in its field {field!r}")
-        choices = raw.get("choices") or []
-        if choices and (not isinstance(choices, list) or raw["output"] not in choices
-                        or not all(isinstance(c, str) and c.strip() for c in choices)):
-            raise ValueError(f"{source}: its field 'choices' is not a list of texts that has its "
-                             "output among them")
-        audio = self.root / raw["audio_id"]
-        if not audio.is_file():
-            raise ValueError(f"{source}: no such audio file: {audio}")
-        return {"clip": audio, "audio_id": raw["audio_id"], "output": raw["output"].strip(),
+                raise ValueError(f"no text in its field {field!r}")
+        output, *choices = [normalize("NFC", t).strip() for t in (raw["output"], *choices)]
+        if choices and (output not in choices or not all(choices)):
+            raise ValueError("its field 'choices' has an empty text, or not its output")
+        return {"clip": self.root / raw["audio_id"], "audio_id": raw["audio_id"], "output": output,
                 "instruction": f"{raw['instruction'].strip()} {raw.get('input') or ''}".strip(),
-                "task": raw.get("task") or "question", "choices": [c.strip() for c in choices],
+                "task": raw.get("task") or "question", "choices": choices,
                 "domain": raw.get("dataset") or Path(self.path).stem}
 
     def __len__(self):
@@ -124,32 +130,54 @@ class QuestionList:
 
     def read_item(self, file, i):
         file.seek(self.starts[i])
-        return self.parse_item(file.read(self.sizes[i]), f"item {i}")
+        line = file.read(self.sizes[i])
+        if zlib.crc32(line) != self.checksums[i]:
+            raise ValueError(f"{self.path}: has been changed while it was in use; start again")
+        return self.parse_item(line)
 
-    def clips(self):
-        """{clip: function rate -> (samples,)} of all items."""
-        return {item["clip"]: partial(load_audio, item["clip"]) for item in self}
+    def clips(self, seconds=None):
+        """{clip: function rate -> (samples,)} of all items; of their first `seconds`, if given."""
+        return {item["clip"]: partial(load_audio, item["clip"], seconds=seconds) for item in self}
+
+
+def drop_unreadable(items, clips):
+    """The items whose clips can be read, which is tried; the other clips are named and counted."""
+    bad = set()
+    for clip, read in tqdm(clips.items(), "clips", leave=False, delay=1):
+        try:
+            read(16000)
+        except ValueError as error:
+            bad.add(clip)
+            print(f"{error} (left out: clip {len(bad)} of {len(clips)})", file=sys.stderr)
+    if len(bad) == len(clips):
+        raise ValueError("none of the clips can be read: give others")
+    return [item for item in items if item["clip"] not in bad]
 
 
 def as_json_lines(path):
     """The path of a list as JSON lines, what to call one of them, and the number of the first.
 
     A JSON list is copied, line by line, to a temporary file: so there is one way to read both, and
-    data workers need not parse the whole list again.
+    data workers need not parse the whole list again. So is UTF-16, which Windows' shell writes.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path}: a directory, pipe or device; a list has to be a file")
     with open(path, "rb") as file:
-        if not file.read(99).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            return path, "line", 1
+        start = file.read(99)
+    utf16 = start[:2] in (b"\xff\xfe", b"\xfe\xff")
+    if not utf16 and not start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        return path, "line", 1
     try:
-        items = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows puts a mark there
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from None
+        text = Path(path).read_text(encoding="utf-16" if utf16 else "utf-8-sig")
+        is_list = text.lstrip().startswith("[")
+        lines = [*map(json.dumps, json.loads(text))] if is_list else text.split("\n")
+    except (ValueError, RecursionError) as error:  # JSONDecodeError has msg and lineno
+        reason, line = getattr(error, "msg", "not text, or too deep"), getattr(error, "lineno", 1)
+        raise ValueError(f"{path}: line {line}: not JSON ({reason})") from None
     handle, copy = tempfile.mkstemp(".jsonl")
-    with open(handle, "wb") as file:
-        file.writelines(json.dumps(raw).encode() + b"\n" for raw in items)
-    return copy, "item", 0
+    with open(handle, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(line + "\n" for line in lines)
+    return (copy, "item", 0) if is_list else (copy, "line", 1)
 
 
 def remove_file(path, process):
@@ -175,7 +203,8 @@ def record_seconds(clips):
 
     def read(clip, rate):
         wave = clips[clip](rate)
-        seconds[clip] = len(wave) / rate
+        # of a file no more may be read than is heard: its header says how long it is
+        seconds[clip] = check_audio(clip) if isinstance(clip, Path) else len(wave) / rate
         return wave
 
     return {clip: partial(read, clip) for clip in clips}, seconds

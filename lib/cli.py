@@ -76,7 +76,11 @@ def command_line(config, doc, main, arguments=None):
 
 @contextmanager
 def one_line_errors(parser):
-    """A user's mistake, or a file that cannot be used, ends the program with one line."""
+    """A user's mistake, or a file that cannot be used, ends the program with one line. What a
+    console's encoding lacks, such as an emoji on Windows, is printed as a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # notebooks have streams of their own
+            stream.reconfigure(errors="replace")
     try:
         yield
     except ValueError as error:

@@ -166,7 +166,7 @@ def name_sound(model, source, s):
     question = "What do you hear?"
     features, = model.features([partial(scene_clip, s)])
     ids = model.llm.generate(model.tokenizer.chat(question)[1], 48, cache=model.hear([features]),
-                             eos_id=model.tokenizer.eos_id)
+                             eos_id=model.tokenizer.eos_ids)
     word, index = word_groups(model.tokenizer, ids)[-1]
     weights = attention_by_source(model, features, question, ids)[source][:, index].mean(1)
     return word, *attention_on_grid(model, source, weights, SECONDS)

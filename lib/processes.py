@@ -52,6 +52,15 @@ def sum_over_processes(model, *numbers):
     return sums.tolist()
 
 
+def gather_lists(own):
+    """The lists that all processes have, joined; every one of them has to call this."""
+    lists = [own]
+    if dist.is_initialized():
+        lists = [None] * dist.get_world_size()
+        dist.all_gather_object(lists, own)
+    return sum(lists, [])
+
+
 def start_session(worker=0):
     """Leave the terminal's session, for a Ctrl-C there is for the first process to act on."""
     if hasattr(os, "setsid"):  # not on Windows

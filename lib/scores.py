@@ -7,14 +7,21 @@ CIDEr-D and word error rate equal those of pycocoevalcap and jiwer on the same w
 import math
 import re
 from collections import Counter
-from functools import partial
+from unicodedata import category, normalize
 
 import numpy as np
 
+MARK = "\uffff"  # stands for marks in WORD: no character of a text
+WORD = re.compile(rf"\w[\w{MARK}]*(?:['’-]\w[\w{MARK}]*)*")
+
 
 def normalize_words(text):
-    """Lower-cased words without punctuation; an apostrophe or a hyphen inside a word stays."""
-    return re.findall(r"\w+(?:['’-]\w+)*", text.lower())
+    """Lower-cased words, in NFC, without punctuation. What belongs to a word stays: an apostrophe
+    or a hyphen inside it, marks (accents, vowels of Hindi, Thai, Arabic), joiners (U+200C, D)."""
+    text = normalize("NFC", text.lower())
+    is_mark = [category(c) in ("Mn", "Mc") or c in "\u200c\u200d" for c in text]
+    marked = "".join(MARK if mark else c for mark, c in zip(is_mark, text))
+    return [text[slice(*word.span())] for word in WORD.finditer(marked)]
 
 
 def word_f1(a, b):
@@ -80,8 +87,11 @@ def weighted_mean(values, weights, groups):
 def bootstrap(clips, values, weights, groups, draws=1000):
     """weighted_mean, and its 95% interval (percentile bootstrap, Efron 1979): three numbers.
 
-    All clips are drawn again, each with all its items, as these are not independent.
+    All clips are drawn again, each with all its items, as these are not independent. All three
+    are nan if there is nothing to weigh.
     """
+    if not np.any(weights):
+        return np.nan, np.nan, np.nan
     _, clip = np.unique(clips, return_inverse=True)
     n = clip.max() + 1
     rng, scores = np.random.default_rng(0), []
@@ -97,7 +107,8 @@ def task_measures(task, items, answers):
     answers: for each item the answer's text and its likeliest choice (None: it has no choices).
     """
     texts, likeliest = zip(*answers)
-    references = [item["output"] for item in items]
+    texts = [normalize("NFC", text) for text in texts]
+    references = [normalize("NFC", item["output"]) for item in items]
     words, reference_words = [*map(normalize_words, texts)], [*map(normalize_words, references)]
     ones, one_group = np.ones(len(items)), np.zeros(len(items), int)
     if task == "captioning":
@@ -114,10 +125,10 @@ def task_measures(task, items, answers):
     has_choices = np.array([len(item["choices"]) > 0 for item in items])
     if not has_choices.any():
         return measures
-    nearest = [max(item["choices"], key=partial(word_f1, text), default=None)
-               for text, item in zip(texts, items)]
+    nearest = [max(item["choices"], key=lambda c: (normalize("NFC", c) == text, word_f1(text, c)),
+                   default=None) for text, item in zip(texts, items)]
     for name, chosen in (("words", nearest), ("likelihood", likeliest)):
-        right = np.array([c == reference for c, reference in zip(chosen, references)])
+        right = np.array([choice == item["output"] for choice, item in zip(chosen, items)])
         measures[f"choice by {name}"] = (right, has_choices, one_group)
         if task == "classification":
             label = np.unique(references, return_inverse=True)[1]
@@ -140,4 +151,5 @@ def print_scores(items, columns):
             cells = [bootstrap([str(item["clip"]) for item in subset], *column[name])
                      for column in measures]
             print(f"{dataset:<16}{task:<16}{len(index):>9}  {name:<29}" + "".join(
-                f"{f'{s:.3f} [{low:.3f}, {high:.3f}]':<24}" for s, low, high in cells))
+                f"{'-' if np.isnan(s) else f'{s:.3f} [{low:.3f}, {high:.3f}]':<24}"
+                for s, low, high in cells))

@@ -20,15 +20,19 @@ from lib.weights import as_value_error, read_json
 class SentencePieceTokenizer:
     """Text to ids and back, exactly: unknown characters become bytes, white space is kept.
 
-    serialized: the bytes of a SentencePiece .model file.
+    serialized: the bytes of a SentencePiece .model file. eos_ids: what ends an answer beside its
+    own eos_id; a checkpoint does not keep them, as its LLM was trained to end with eos_id.
     """
 
-    def __init__(self, serialized):
+    def __init__(self, serialized, eos_ids=()):
         from sentencepiece import SentencePieceProcessor
         self.serialized = serialized
         self.processor = SentencePieceProcessor(model_proto=serialized)
         self.bos_id = self.processor.bos_id()
         self.eos_id = self.processor.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError("it has no tokens for the beginning and the end of a text")
+        self.eos_ids = [self.eos_id, *eos_ids]
         self.vocab_size = len(self.processor)
         # an LLM whose vocabulary has no bracket, like our miniature, never read Llama 2's [INST]
         self.llama2_chat = not self.processor.is_unknown(self.processor.piece_to_id("["))
@@ -144,6 +148,11 @@ class ChatFormat(NamedTuple):
     turn: str   # opens a turn of the role {}: system, user or assistant
     end: str    # closes a turn
 
+    @property
+    def marks(self):
+        """Its special tokens."""
+        return set(re.findall(r"<\|.*?\|>", "".join(self)))
+
 
 CHAT_FORMATS = (  # of Llama 3, and of Qwen2.5 and SmolLM2
     ChatFormat("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),
@@ -154,28 +163,26 @@ class BPETokenizer:
     """Byte-level BPE: text is split into pieces, a piece is its UTF-8 bytes, and neighbours are
     merged in the order in which the merges were learnt.
 
-    spec: the content of a tokenizer.json, with config.json's bos_id and eos_id. ValueError for a
-    tokenizer that would be computed wrongly.
+    spec: the content of a tokenizer.json, with "eos_ids": what ends an answer beside the token that
+    closes a turn of its chat. ValueError for a tokenizer that would be computed wrongly.
     """
 
     def __init__(self, spec):
         check_model(spec)
         self.spec = spec
-        self.normalize = bool(spec.get("normalizer"))
+        self.normal_form = "NFC" if spec.get("normalizer") else None
         self.patterns = [compile_pattern(p) for p in pretokenizer_patterns(spec["pre_tokenizer"])]
-        added = spec.get("added_tokens") or []
-        self.added_tokens = {token["content"]: token["id"] for token in added}
-        longest_first = sorted(self.added_tokens, key=len, reverse=True)
-        either = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) is never found
-        self.added_pattern = re.compile(f"({either})")
+        self.read_added_tokens(spec.get("added_tokens") or [])
         # a special token is no piece of text, even where the vocabulary lists it among the others
-        special = {token["content"] for token in added if token["special"]}
         self.vocab = {token: i for token, i in spec["model"]["vocab"].items()
-                      if token not in special}
+                      if token not in self.special_tokens}
         self.tokens = {i: token for token, i in self.vocab.items()}  # id -> its byte characters
         self.tokens |= {i: to_byte_chars(text) for text, i in self.added_tokens.items()
-                        if text not in special}
-        self.vocab_size = 1 + max([*self.added_tokens.values(), *self.vocab.values()])
+                        if text not in self.special_tokens}
+        ids = [*self.added_tokens.values(), *self.vocab.values()]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError("its ids are not all whole numbers of 0 or more")
+        self.vocab_size = 1 + max(ids)
 
         merges = (merge.split(" ") if isinstance(merge, str) else merge  # as older files write it
                   for merge in spec["model"]["merges"])
@@ -186,9 +193,33 @@ class BPETokenizer:
         self.ignore_merges = spec["model"].get("ignore_merges", False)
         self.merge = functools.lru_cache(1 << 16)(self.merge)  # the same words come again and again
         self.bos_id = spec.get("bos_id")
-        self.eos_id = spec.get("eos_id")
-        formats = [f for f in CHAT_FORMATS if f.turn.split("{}")[0] in self.added_tokens]
+        listed = spec.get("eos_ids", [spec.get("eos_id")])  # older checkpoints have but one
+        closing = [self.added_tokens[self.chat_format.end.strip()]] if self.chat_format else []
+        self.eos_ids = closing + [i for i in listed if i is not None]
+        self.eos_id = self.eos_ids[0] if self.eos_ids else None
+
+    def read_added_tokens(self, added):
+        """Which tokens are found in a text before it is split, which of them are special, and the
+        chat format that they make possible."""
+        self.added_tokens = {token["content"]: token["id"] for token in added}
+        formats = [f for f in CHAT_FORMATS if f.marks <= self.added_tokens.keys()]
         self.chat_format = formats[0] if formats else None
+        marks = set().union(*(f.marks for f in formats))
+        # a chat's marks are special even if the file does not say so: no text may forge them
+        self.special_tokens = {t["content"] for t in added if t["special"]} | marks
+        self.special_ids = {self.added_tokens[content] for content in self.special_tokens}
+        self.added_patterns = []
+        for normalized in (False, True):  # looked for in the raw text, then in the normalized
+            own = [t for t in added if t.get("normalized", not t["special"]) == normalized]
+            ids = {self.normalize(t["content"]) if normalized else t["content"]: t["id"]
+                   for t in own}
+            either = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))  # longest first
+            self.added_patterns.append((ids, re.compile(either or "(?!)")))  # (?!) is never found
+        for token in added:
+            if token["content"] in marks or not token["special"]:
+                for key in ("single_word", "lstrip", "rstrip"):
+                    if token.get(key):
+                        raise ValueError(f"{key} of {token['content']!r} is not known here")
 
     def __reduce__(self):  # the cache of `merge` cannot be pickled, as worker processes need it
         return tokenizer_from_bytes, (self.serialized,)
@@ -198,14 +229,35 @@ class BPETokenizer:
         """Bytes from which tokenizer_from_bytes makes this tokenizer again."""
         return json.dumps(self.spec).encode()
 
+    def normalize(self, text):
+        return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
+
+    def split_added(self, text, special):
+        """The ids of added tokens in a text, and the normalized strings between them, in order."""
+        parts = [text]
+        for normalized, (ids, pattern) in enumerate(self.added_patterns):
+            parts, longer = [], parts
+            for part in longer:
+                if isinstance(part, int):
+                    parts.append(part)
+                    continue
+                part, start = self.normalize(part) if normalized else part, 0
+                for match in pattern.finditer(part):
+                    if special or ids[match[0]] not in self.special_ids:
+                        parts += [part[start:match.start()], ids[match[0]]]
+                        start = match.end()
+                parts.append(part[start:])
+        return parts
+
     def encode(self, text, special=False):
-        """Ids of a text. What is spelt like an added token becomes that token only if `special`."""
+        """Ids of a text. What is spelt like an added token becomes that token; like a special one,
+        only if `special`."""
         ids = []
-        for part in self.added_pattern.split(text) if special else [text]:
-            if special and part in self.added_tokens:
-                ids.append(self.added_tokens[part])
+        for part in self.split_added(text, special):
+            if isinstance(part, int):
+                ids.append(part)
                 continue
-            pieces = [unicodedata.normalize("NFC", part) if self.normalize else part]
+            pieces = [part]
             for pattern in self.patterns:
                 pieces = [piece for longer in pieces for piece in pattern.findall(longer)]
             for piece in pieces:
@@ -278,29 +330,52 @@ def tokenizer_from_bytes(data):
     return SentencePieceTokenizer(data)
 
 
+def find_tokenizer(folder):
+    """The file of a folder's tokenizer. Llama 3's tokenizer.model is not SentencePiece's but that
+    of tiktoken, lines of base64 and a number; its tokenizer.json has the same tokens."""
+    model = folder / "tokenizer.model"
+    with as_value_error(model, "tokenizer"):
+        if model.exists():
+            with open(model, "rb") as file:
+                if not re.match(rb"\S+ \d+\s", file.read(200)):
+                    return model
+    return folder / "tokenizer.json"
+
+
+def read_eos_ids(folder):
+    """The ids that end an answer, as config.json and generation_config.json list them: one each,
+    several, or none."""
+    ids = []
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        listed = read_json(path).get("eos_token_id") if path.exists() else None
+        ids += listed if isinstance(listed, list) else [listed]
+    return [i for i in ids if i is not None]
+
+
 def load_tokenizer(path):
     """The tokenizer in a .model file, a tokenizer.json, or a folder with one of them.
 
-    A config.json beside a tokenizer.json says which ids begin and end a text. ValueError, one line,
-    for a tokenizer that cannot be used, or that has more tokens than the config's LLM.
+    A config.json and a generation_config.json beside it say which ids end an answer. ValueError,
+    one line, for a tokenizer that cannot be used, or has more tokens than the config's LLM.
     """
     path = Path(path)
-    if path.is_dir():
-        model = path / "tokenizer.model"
-        path = model if model.exists() else path / "tokenizer.json"
+    path = find_tokenizer(path) if path.is_dir() else path
     config_path = path.with_name("config.json")
     config = read_json(config_path) if config_path.exists() else {}
     spec = read_json(path) if path.suffix == ".json" else None
+    eos_ids = read_eos_ids(path.parent)
     with as_value_error(path, "usable tokenizer"):
         if spec is None:
-            tokenizer = SentencePieceTokenizer(path.read_bytes())
+            tokenizer = SentencePieceTokenizer(path.read_bytes(), eos_ids)
         else:
-            for name in ("bos", "eos"):
-                ids = config.get(f"{name}_token_id")
-                # of several eos ids the last one ends a turn in a chat
-                spec[f"{name}_id"] = ids[-1] if isinstance(ids, list) else ids
+            spec |= {"bos_id": config.get("bos_token_id"), "eos_ids": eos_ids}
             tokenizer = BPETokenizer(spec)
-        if tokenizer.vocab_size > config.get("vocab_size", tokenizer.vocab_size):
+        vocab_size = config.get("vocab_size", tokenizer.vocab_size)
+        if type(vocab_size) is not int or tokenizer.vocab_size > vocab_size:
             raise ValueError(f"{tokenizer.vocab_size} tokens, and {config_path} says "
-                             f"{config['vocab_size']}: they do not belong together")
+                             f"{vocab_size!r}: they do not belong together")
+        for i in eos_ids:
+            if type(i) is not int or i not in range(vocab_size):
+                raise ValueError(f"{i!r}, an eos_token_id in config.json or generation_config.json "
+                                 f"beside it, is none of its {vocab_size} ids")
     return tokenizer

@@ -8,33 +8,44 @@ import json
 import math
 import mmap
 import os
+import re
+import secrets
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 # torch's types by their names in .safetensors
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
           "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
           "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+# first parts of the names of what training saves beside a model
+TRAINING_STATE = (r"(\w*(optim|sched|scaler|rng|random)\w*|(\w*_)?ema(_\w+)?|callbacks|loops|args|"
+                  r"hyper_parameters|cfg|config|criterion|(task|extra)_state|"
+                  r"(\w+_)?(epoch|steps?|loss))(\.|$)")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @contextmanager
-def as_value_error(path, what):
+def as_value_error(path, what, advice="fetch it again, or another"):
     """Whatever goes wrong with a missing, damaged or hostile file is a ValueError of one line."""
     try:
         yield
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
+            raise  # it says all already
         reason = (str(error) or type(error).__name__).splitlines()[0]
         reason = f"it has no {error}" if isinstance(error, KeyError) else reason
-        raise ValueError(f"{path}: no {what} ({reason}); fetch it again, or another") from None
+        if Path(path).is_file() and Path(path).open("rb").read(24) == b"version https://git-lfs.":
+            reason, advice = "but a git-lfs pointer to it", "run `git lfs pull` in its folder"
+        raise ValueError(f"{path}: no {what} ({reason}); {advice}") from None
 
 
 def read_json(path):
@@ -174,6 +185,63 @@ def flatten_tensors(content):
     return tensors
 
 
+def strip_prefixes(tensors):
+    """A model's tensors by its own names: without what DistributedDataParallel, torch.compile and
+    training loops put before them, and without the training's own state. Empties `tensors`."""
+    stripped = {}
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        name = re.sub(r"\b(module|_orig_mod)\.", "", name)
+        name = re.sub(r"^(model\.|(model_)?state_dict\.)+", "", name)
+        if name in stripped:
+            raise ValueError(f"{name} is there twice; keep one model in the file")
+        if not re.match(TRAINING_STATE, name):
+            stripped[name] = tensor
+    return stripped
+
+
+def holds_numbers(tensor):
+    """Whether a tensor out of a file has numbers, and as many as its shape says."""
+    if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.is_nested:
+        return False
+    size = tensor.numel() * tensor.element_size()
+    return not tensor.is_meta and 0 < size <= tensor.untyped_storage().nbytes()
+
+
+def check_values(values, examples, times=math.inf):
+    """ValueError unless each value has the type of the example of its name, None allows any, and a
+    number is above 0, at most so many times its example, and at most 2^31."""
+    for name, example in examples.items():
+        value, kind = values[name], type(example)
+        value = float(value) if kind is float and type(value) is int else value
+        limit = min(times * example, 1 << 31) if kind in (int, float) else None
+        fits = type(value) is kind and (limit is None or 0 < value <= limit)
+        if example is not None and not fits:
+            bounds = f" above 0 and up to {limit}" if limit else ""
+            raise ValueError(f"{name} is {value!r}: expected {kind.__name__}{bounds}, "
+                             f"like {example!r}")
+
+
+@contextmanager
+def build_for(tensors, device="meta"):
+    """Modules built here will get these tensors from `load_weights`, so on device meta they take no
+    memory. Sizes that ask for far more tensors than these end in a ValueError right then."""
+    left = 100 + 2 * len(tensors)  # if it is not far, load_weights says what is missing
+
+    def count(module, name, parameter):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"its sizes ask for far more than its {len(tensors)} tensors")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        handle.remove()
+
+
 def load_weights(module, tensors, source, dtype, device="cpu"):
     """Make these tensors the module's own, and empty the dict; an error begins with `source`.
 
@@ -186,8 +254,12 @@ def load_weights(module, tensors, source, dtype, device="cpu"):
         own = state.get(name)
         if own is None:
             problems.append(f"{name} does not belong there")
+        elif not torch.is_tensor(t) or t.is_nested:
+            problems.append(f"{name} holds no numbers")
         elif (t.shape, t.is_floating_point()) != (own.shape, own.is_floating_point()):
             problems.append(f"{name} is {t.dtype} {tuple(t.shape)}, not {tuple(own.shape)}")
+        elif not holds_numbers(t):
+            problems.append(f"{name} claims more numbers than it holds")
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{source}: {', '.join(problems[:3])}{more}")
@@ -210,15 +282,19 @@ def save_atomically(path, content, write=torch.save):
     file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    remove_stale(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    file = open(temporary, "xb")  # a new file, through no link
     try:
-        with open(temporary, "wb") as file:
+        with file:
+            with suppress(OSError):
+                lock(file)  # or remove_stale would take it for a dead process's
             write(content, file)
             file.flush()
             os.fsync(file.fileno())  # or the name could outlive the contents in a power cut
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch's: on a full disk it complains of a file cut short
-        cause = error.__context__
+    except (OSError, RuntimeError) as error:  # torch's, on a full disk, says only "cut short"
+        cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
@@ -226,14 +302,39 @@ def save_atomically(path, content, write=torch.save):
         temporary.unlink(missing_ok=True)  # on a full disk it would take what room there is
 
 
+def remove_stale(path):
+    """Remove what killed processes left of saving `path`: temporary files that nobody writes."""
+    for name in os.listdir(path.parent):
+        if re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.tmp", name):
+            with suppress(OSError):
+                with open(path.with_name(name), "rb") as file:
+                    lock(file)
+                os.unlink(path.with_name(name))
+
+
+def lock(file):
+    """OSError if another process has locked this file, or files cannot be locked here."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where nobody can remove a file that is open
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def find_file(path):
+    """The path itself or, if nothing is there, that of a file beside the code: assets/base.pt is
+    found from any folder."""
+    beside = Path(__file__).parents[1] / path
+    return beside if not Path(path).exists() and beside.is_file() else path
+
+
 def load_checkpoint(path, format):
     """A dict that save_atomically wrote, with this "format". ValueError says what is wrong."""
+    path = find_file(path)
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint")
-    try:
+    with as_value_error(path, "checkpoint of this project, or cut off"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        raise ValueError(f"{path}: cut off, or not a checkpoint of this project") from None
     if not isinstance(saved, dict) or saved.get("format") != format:
         raise ValueError(f"{path}: not a checkpoint of the kind {format!r}")
     return saved

@@ -2,11 +2,13 @@
 way to run a program."""
 import io
 import os
+import re
 import sys
 from functools import partialmethod
 
 import pytest
 import torch
+from exercise_texts import EXERCISES
 
 from data import pretrain
 from integrate import AudioLLM
@@ -79,3 +81,13 @@ def refuses(call):
         return lines
 
     return check
+
+
+def pytest_configure(config):
+    for number, exercise in EXERCISES.items():
+        config.addinivalue_line("markers", f"ex{number}: {exercise.title}, see tests/exercises.py")
+
+
+def pytest_itemcollected(item):
+    if number := re.match(r"test_ex(\d+)_", item.name):
+        item.add_marker(f"ex{int(number[1])}")

@@ -1,5 +1,9 @@
 """Options, their errors, and devices."""
+import io
+import os
+import sys
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +12,7 @@ from test_lists import write_wav
 import sample
 import train
 from data import pretrain
+from lib.cli import command_line
 
 
 @pytest.mark.parametrize("program", [sample, train, pretrain])
@@ -55,6 +60,17 @@ def test_an_unknown_device_is_refused(device, refuses, checkpoint):
     write_wav("a.wav", 0.2)
     refuses([f"--device {device}"], sample, "--audio", "a.wav", "--ckpt", checkpoint,
             "--device", device)
+
+
+def test_a_console_that_lacks_a_character_shows_a_question_mark(monkeypatch):
+    console = {name: io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True)
+               for name in ("stdout", "stderr")}
+    for name, stream in console.items():
+        monkeypatch.setattr(sys, name, stream)
+    with pytest.raises(SystemExit):
+        command_line(sample.Options, "", lambda o: (print("é 🎵"), Path("🎵").read_bytes()), [])
+    assert console["stdout"].buffer.getvalue() == "é ?\n".replace("\n", os.linesep).encode("cp1252")
+    assert b": ?: " in console["stderr"].buffer.getvalue()
 
 
 def test_a_mistake_in_the_code_is_no_users_mistake(call, monkeypatch):

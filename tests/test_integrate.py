@@ -10,19 +10,20 @@ import torch
 import integrate
 import model as model_module
 from encoders import CLAP, SSLAM, CLAPConfig, SSLAMConfig, Whisper, WhisperConfig
-from integrate import (LFST, MODES, AudioLLM, IntegrationConfig, QFormer, Segment, hear, lal, pal,
-                       parse_layers, plits, pool, prefill)
+from integrate import (CONNECTORS, LFST, MODES, AudioLLM, IntegrationConfig, MLPConnector, QFormer,
+                       Segment, hear, lal, pal, parse_layers, plits, pool, prefill)
 from lib.tokenizers import train_tokenizer
 from lib.variants import write_attention_only, write_feed_forward_only
-from model import PAD_POSITION, Attention, CausalBias, KVCache, position_mask
+from lib.weights import bytes_to_tensor
+from model import PAD_POSITION, Attention, CausalBias, KVCache, Linear, position_mask
 from test_model import make
 
 SEEDS = range(3)
 T, N = 6, 9
 
 
-def setting(seed, layers=3, B=2):
-    llm = make(seed, num_hidden_layers=layers)
+def setting(seed, layers=3, B=2, **sizes):
+    llm = make(seed, num_hidden_layers=layers, **sizes)
     return llm, torch.randint(50, (B, T)), torch.randn(B, N, 24, dtype=torch.float64) * 3
 
 
@@ -49,9 +50,10 @@ def in_mode(mode, llm, ids, first, second, before=None):
     return llm.head(hidden[:, -ids.shape[1]:])
 
 
+@pytest.mark.parametrize("qkv_bias", [False, True])  # Qwen2.5 has one
 @pytest.mark.parametrize("seed", SEEDS)
-def test_with_one_layer_all_modes_agree_with_more_they_differ(seed):
-    llm, ids, a = setting(seed, layers=1)
+def test_with_one_layer_all_modes_agree_with_more_they_differ(seed, qkv_bias):
+    llm, ids, a = setting(seed, layers=1, qkv_bias=qkv_bias)
     assert same(plits(llm, ids, a), lal(llm, ids, a))
     assert same(plits(llm, ids, a), pal(llm, ids, a[:, :4], a[:, 4:]))
     llm, ids, a = setting(seed, layers=2)
@@ -86,7 +88,7 @@ def test_hearing_into_a_cache_first_gives_what_one_pass_gives(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_lal_keys_and_values_are_those_of_each_layers_own_norm_and_weights(seed):
-    llm, _, a = setting(seed)
+    llm, _, a = setting(seed, qkv_bias=True)
     cache = hear(llm, a, "lal")
     for i, block in enumerate(llm.model.layers):
         x = block.input_layernorm(a)
@@ -95,6 +97,55 @@ def test_lal_keys_and_values_are_those_of_each_layers_own_norm_and_weights(seed)
         assert same(cache.keys[i][:, 0], k[:, 0])  # position 0 is not turned
         assert same(cache.keys[i].norm(dim=-1), k.norm(dim=-1))
         assert not same(cache.keys[i][:, 1:], k[:, 1:], 1e-2)
+
+
+class LoRA(torch.nn.Module):
+    """W x + B A x around any linear layer: low-rank adaptation, as textbooks write it."""
+
+    def __init__(self, base, rank=2):
+        super().__init__()
+        self.base = base
+        self.A = torch.nn.Parameter(torch.randn(rank, base.in_features, dtype=torch.float64))
+        self.B = torch.nn.Parameter(torch.randn(base.out_features, rank, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.A.T @ self.B.T
+
+    def delta(self):
+        return self.B @ self.A
+
+
+def lora_subclass(linear_class):
+    """The same as a subclass of nn.Linear or of model.py's Linear, whose `weight` is W alone."""
+    class LoRALinear(linear_class):
+        def __init__(self, base):
+            super().__init__(base.in_features, base.out_features, dtype=torch.float64)
+            self.load_state_dict(base.state_dict())
+            self.lora = LoRA(base)
+            self.delta = self.lora.delta
+
+        def forward(self, x):
+            return super().forward(x) + x @ self.lora.A.T @ self.lora.B.T
+
+    return LoRALinear
+
+
+@pytest.mark.parametrize("wrap", [LoRA, lora_subclass(torch.nn.Linear), lora_subclass(Linear)])
+@pytest.mark.parametrize("names", [("k_proj",), ("v_proj",), ("k_proj", "v_proj", "q_proj")])
+def test_lal_hears_through_what_is_wrapped_around_its_weights(wrap, names):
+    llm, ids, a = setting(1, qkv_bias=True)
+    bare = lal(llm, ids, a)
+    wrapped = []
+    for block in llm.model.layers:
+        for name in names:
+            base = getattr(block.self_attn, name)
+            setattr(block.self_attn, name, wrap(base))
+            wrapped.append((block.self_attn, name, base, getattr(block.self_attn, name).delta()))
+    adapted = lal(llm, ids, a)
+    for attention, name, base, delta in wrapped:  # the same with W + BA as the weights
+        base.weight.data += delta.detach()
+        setattr(attention, name, base)
+    assert same(adapted, lal(llm, ids, a)) and not same(adapted, bare, 1e-2)
 
 
 @pytest.mark.parametrize("mode, counts", [
@@ -321,6 +372,18 @@ def randomized(connector, seed=0):
 
 def random(*shape):
     return torch.randn(*shape, dtype=torch.float64)
+
+
+def test_the_mlp_connector_equals_a_straight_line_computation():
+    torch.manual_seed(1)
+    connector = randomized(MLPConnector([encoder_like(6, (9, 1), 1)], 10, IntegrationConfig()))
+    x, lengths = random(2, 9, 6), torch.tensor([9, 4])
+    got, same_lengths = connector([x], [lengths])
+    assert got.shape == (2, 9, 10) and same_lengths is lengths
+    W1, b1, W2, b2 = connector.parameters()
+    want = [torch.stack([W2 @ gelu(W1 @ token + b1) + b2 for token in row]) for row in x]
+    assert same(got, torch.stack(want))
+    assert not same(connector([x + x], [None])[0] - got, got - connector([0 * x], [None])[0], 1e-2)
 
 
 @pytest.mark.parametrize("queries, layers, width", [(5, 2, 6), (1, 1, 128)])
@@ -623,7 +686,7 @@ def test_without_positions_the_whole_model_cannot_tell_before_from_after():
 
 
 @pytest.mark.parametrize("mode, config, word", [
-    ("plits", {"lal_layers": "1:"}, "lal-layers"), ("attn", {"audio_rope": "off"}, "audio-rope"),
+    ("plits", {"lal_layers": "1:"}, "lal-layers"), ("attn", {"audio_rope": "off"}, "audio_rope"),
     ("flamingo", {"lal_layers": "0"}, "lal-layers"), ("lal", {"lal_layers": "7"}, "lal-layers 7"),
     ("lal", {"connector": "perceiver"}, "connector perceiver: choose auto, mlp")])
 def test_configurations_that_do_not_go_together_are_one_line(mode, config, word):
@@ -631,3 +694,147 @@ def test_configurations_that_do_not_go_together_are_one_line(mode, config, word)
         audio_llm(mode, config=IntegrationConfig(**config))
     with pytest.raises(ValueError, match="lfst"):
         AudioLLM(make(0), None, {}, "lal", IntegrationConfig("lfst"))
+
+
+# ------------------------------------------------------ checkpoints, older, newer, tampered with
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """What a checkpoint in mode PAL with all three encoders holds."""
+    path = tmp_path_factory.mktemp("saved") / "m.pt"
+    audio_llm("pal", clap=True).float().save(path)
+    return torch.load(path, weights_only=True)
+
+
+def load_changed(saved, path, keys, value):
+    """Load the checkpoint with saved[key][key]... = value, or without it if value is `del`."""
+    changed = node = dict(saved)
+    for key in keys[:-1]:
+        node[key] = dict(node[key])
+        node = node[key]
+    node[keys[-1]] = value
+    if value == "del":
+        del node[keys[-1]]
+    torch.save(changed, path)
+    return AudioLLM.load(path)
+
+
+def text(string):
+    return bytes_to_tensor(string if isinstance(string, bytes) else string.encode())
+
+
+LFST_NEWLINE = ("state", "connectors.lfst.newline")
+EMBEDDING = ("state", "llm.model.embed_tokens.weight")
+LARGER_TOKENIZER = train_tokenizer([f"{n} zebras, {n * 7} quick jumps" for n in range(60)], 350)
+TAMPERED = [  # keys, value, words of the message
+    *[((key,), value, "") for key in ("mode", "config", "llm", "tokenizer", "encoders", "state")
+      for value in (None, [], "x", 3, torch.ones(2), "del")],
+    (("mode",), "x", "unknown mode 'x'"),
+    (("llm", "num_hidden_layers"), 10 ** 7, "far more than its"),
+    (("llm", "num_hidden_layers"), 10 ** 30, "num_hidden_layers is 1000"),
+    (("llm", "num_hidden_layers"), -1, "num_hidden_layers is -1"),
+    (("llm", "vocab_size"), 10 ** 12, "vocab_size is 1000"),
+    (("llm", "vocab_size"), 10 ** 9, "(1000000000, 24)"),
+    (("llm", "hidden_size"), "24", "hidden_size is '24'"),
+    (("llm", "hidden_size"), 2 ** 31 - 2, "hidden_size is 2147483646: expected int above 0 and up"),
+    (("llm", "hidden_size"), 2, "(300, 24), not (300, 2)"),
+    (("llm", "intermediate_size"), True, "intermediate_size is True"),
+    (("llm", "num_key_value_heads"), 0, "num_key_value_heads is 0"),
+    (("llm", "num_key_value_heads"), 3, "4 heads cannot share 3"),
+    (("llm", "head_dim"), 3, "head_dim 3"),
+    (("llm", "rms_norm_eps"), "x", "rms_norm_eps is 'x'"),
+    (("llm", "rope_theta"), float("nan"), "rope_theta is nan"),
+    (("llm", "rope_scaling"), {"factor": 8.0}, "low_freq_factor"),
+    (("llm", "rope_scaling"), 8.0, ""),
+    (("llm", "new"), 1, "'new'"),
+    (("config", "connector_layers"), 10 ** 7, "connector_layers is 1000"),
+    (("config", "connector_layers"), 2000, "far more than its"),
+    (("config", "connector"), "x", "connector x: choose auto"),
+    (("config", "connector"), "qformer", "connectors.whisper.queries is missing"),
+    (("config", "queries"), 10 ** 9, "queries is 1000"),
+    (("config", "grid_steps"), 0, "grid_steps is 0"),
+    (("config", "grid_bands"), 10 ** 9, "grid_bands is 1000"),
+    (("config", "lal_layers"), 3, "lal_layers is 3"),
+    (("config", "lal_layers"), "7", "lal-layers 7"),
+    (("config", "new"), 1, "'new'"),
+    (("encoders", "new"), {"checkpoint_path": "x.pt"}, "no 'new'"),
+    (("encoders", "clap"), "del", "missing"),
+    (("encoders", "clap", "checkpoint_path"), 3, "3: cannot be read"),
+    (("encoders", "clap", "checkpoint_path"), "none.pt", "none.pt: cannot be read"),
+    (("encoders", "clap", "pool_size"), 0, "pool_size is 0"),
+    (("encoders", "clap", "pool_size"), 10 ** 30, "pool_size is 1000"),
+    (("encoders", "clap", "frozen"), "x", "frozen is 'x'"),
+    (("encoders", "whisper", "config", "layers"), 10 ** 7, "layers is 1000"),
+    (("encoders", "whisper", "config", "layers"), 3, "missing"),
+    (("encoders", "whisper", "config", "mels"), 10 ** 6, "mels is 1000"),
+    (("encoders", "whisper", "config", "seconds"), 1e5, "seconds is 1000"),
+    (("encoders", "sslam", "config", "seconds"), 0.17, "0.17 s"),
+    (("encoders", "sslam", "config", "seconds"), float("nan"), "seconds is nan"),
+    (("encoders", "clap", "config", "depths"), (10 ** 7,), "far more than its"),
+    (("encoders", "clap", "config", "depths"), (), ""),
+    (("encoders", "clap", "config", "image"), 10 ** 6, "image is 1000"),
+    (("encoders", "clap", "config", "image"), 100, ""),
+    (("encoders", "clap", "config", "hop"), 0, "hop is 0"),
+    (("encoders", "clap", "config", "rate"), 10 ** 9, "rate is 1000"),
+    (("tokenizer",), text("{"), ""), (("tokenizer",), text(b"{\xff"), "utf-8"),
+    (("tokenizer",), text('{"a":' * 10 ** 5), "recursion"), (("tokenizer",), text("junk"), ""),
+    (("tokenizer",), text(LARGER_TOKENIZER.serialized), "expected int above 0 and up to"),
+    (LFST_NEWLINE, "del", "connectors.lfst.newline is missing"),
+    (LFST_NEWLINE, [1.0] * 24, "holds no numbers"),
+    (LFST_NEWLINE, torch.ones(24, device="meta"), "connectors.lfst.newline claims"),
+    (LFST_NEWLINE, torch.ones(24).to_sparse(), "connectors.lfst.newline claims"),
+    (LFST_NEWLINE, torch.ones(24, dtype=torch.complex64), "complex64"),
+    (LFST_NEWLINE, torch.ones(1).expand(24), "claims more numbers than it holds"),
+    (("state", "more"), torch.ones(2), "more does not belong"),
+    (("state", 3), torch.ones(2), "3 does not belong")]
+
+
+@pytest.mark.parametrize("keys, value, words", TAMPERED, ids=[
+    f"{'.'.join(map(str, keys))}={value!r:.15}" for keys, value, _ in TAMPERED])
+def test_a_checkpoint_that_was_tampered_with_is_one_line(keys, value, words, saved, tmp_path):
+    with pytest.raises(ValueError) as error:
+        load_changed(saved, tmp_path / "x.pt", keys, value)
+    message = str(error.value)
+    assert "\n" not in message and words in message
+    assert "x.pt" in message or "cannot be read" in message
+
+
+def test_a_small_file_that_stands_for_a_large_tensor_is_refused(saved, tmp_path):
+    changed = saved | {"llm": saved["llm"] | {"vocab_size": 10 ** 9}}
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="claims more numbers than it holds"):
+        load_changed(changed, tmp_path / "x.pt", EMBEDDING, one.expand(10 ** 9, 24))
+
+
+def test_numbers_of_any_precision_come_in_float32(saved, tmp_path):
+    llm = "llm.model.layers.1.self_attn.q_proj.weight"
+    states = [{llm: saved["state"][llm].double()},
+              {name: t.bfloat16() for name, t in saved["state"].items() if t.is_floating_point()}]
+    for changed in states:
+        model = load_changed(saved, tmp_path / "x.pt", ("state",), saved["state"] | changed)
+        assert {t.dtype for t in model.state_dict().values()} <= {torch.float32, torch.int64}
+        assert model.ask(model.hear(model.features([clip(0.5)])), ["what"], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("field", ["audio_rope", "flamingo_every", "grid_bands"])
+def test_a_checkpoint_from_before_a_field_gets_its_default(field, saved, tmp_path):
+    model = load_changed(saved, tmp_path / "x.pt", ("config", field), "del")
+    assert model.config == IntegrationConfig() and not any(p.is_meta for p in model.parameters())
+
+
+def test_a_connector_may_hold_tensors_that_no_file_keeps(monkeypatch, tmp_path):
+    class Scaled(MLPConnector):
+        def __init__(self, encoders, llm_width, config):
+            super().__init__(encoders, llm_width, config)
+            self.scale = torch.full((llm_width,), 2.0)
+            self.register_buffer("shift", torch.ones(llm_width), persistent=False)
+
+        def forward(self, features, lengths):
+            tokens, lengths = super().forward(features, lengths)
+            return tokens * self.scale + self.shift, lengths
+
+    monkeypatch.setitem(CONNECTORS, "scaled", Scaled)
+    model = audio_llm("lal", config=IntegrationConfig("scaled")).float()
+    model.save(tmp_path / "m.pt")
+    features, ids = model.features([clip(0.5)]), torch.tensor([[5, 6]])
+    assert torch.equal(AudioLLM.load(tmp_path / "m.pt")(features, ids), model(features, ids))

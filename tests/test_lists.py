@@ -1,9 +1,11 @@
 """Lists of questions: what is read, what is refused, and what an item costs."""
 import json
+import os
 import pickle
 import struct
 import tempfile
 import tracemalloc
+import unicodedata
 import wave
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from data import lists
-from data.lists import QuestionList, wrong_clips
+from data.lists import MAX_CHARACTERS, QuestionList, drop_unreadable, wrong_clips
 
 
 def write_wav(path, seconds, rate=16000, channels=1, seed=0):
@@ -110,7 +112,18 @@ BAD_LISTS = {
     "half": (json.dumps([item(instruction="\ud83d?")]), ["item 0", "instruction"]),
     "choices": (json.dumps([item(choices=["a cat", "an owl"])]), ["item 0", "choices"]),
     "no_list": (json.dumps([item(), item(choices="a dog or a cat")]), ["item 1", "choices"]),
-    "no_audio": (json.dumps([item(), item("b/none.wav")]), ["item 1", "b/none.wav"])}
+    "half_choice": (json.dumps([item(choices=["a dog", "\ud83d"])]), ["item 0", "choices"]),
+    "number_choice": (json.dumps([item(choices=["a dog", 3])]), ["item 0", "choices"]),
+    "blank_choice": (json.dumps([item(choices=["a dog", " "])]), ["item 0", "choices"]),
+    "long": (json.dumps([item(), item(output="a dog " * 24_000)]), ["item 1", "144,000"]),
+    "deep": ("[" * 100_000 + "]" * 100_000, ["deep"]),
+    "deep_line": (f'{json.dumps(item())}\n{{"x": {"[" * 100_000}', ["line 2", "deep"]),
+    "digits": (f"[{json.dumps(item())}, {'9' * 9000}]", ["JSON"]),
+    "no_audio": (json.dumps([item(), item("b/none.wav")]), ["item 1", "b/none.wav"]),
+    "long_name": (json.dumps([item("n" * 300)]), ["item 0", "too long"]),
+    "longer_name": (json.dumps([item("n" * 5000)]), ["item 0", "audio_id", "5,000"]),
+    "zero_name": (json.dumps([item("a\0.wav")]), ["item 0"]),
+    "half_name": (json.dumps([item("\udcff.wav")]), ["item 0", "audio_id"])}
 
 
 @pytest.mark.parametrize("name", BAD_LISTS)
@@ -121,7 +134,103 @@ def test_a_bad_list_says_where_and_what(name, sounds):
     with pytest.raises(ValueError) as error:
         QuestionList(path)
     assert all(word in str(error.value) for word in [*words, str(path)])
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 999
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_lists_of_windows_shell_are_read(encoding, sounds):
+    raw = [item("more/ä b.wav", output="चिड़िया 🎵"), item()]
+    mark = "" if encoding == "utf-16" else "\ufeff"  # utf-16 writes one itself
+    lines = "\r\n".join(map(json.dumps, raw)) + "\r\n"
+    for name, text in (("q.json", json.dumps(raw, indent=1, ensure_ascii=False)),
+                       ("q.jsonl", lines)):
+        (sounds / name).write_bytes((mark + text).encode(encoding))
+        questions = list(QuestionList(sounds / name))
+        assert [q["audio_id"] for q in questions] == ["more/ä b.wav", "a.wav"]
+        assert questions[0]["output"] == unicodedata.normalize("NFC", "चिड़िया 🎵")
+    (sounds / "q.jsonl").write_bytes((mark + lines + "oh").encode(encoding))
+    with pytest.raises(ValueError, match="line 3: not JSON"):
+        QuestionList(sounds / "q.jsonl")
+
+
+def test_texts_of_two_normal_forms_are_the_same(sounds):
+    """é as one character, or as e and an accent, as macOS and some keyboards write it."""
+    raw = [item(output="cafe\u0301", choices=["caf\u00e9", "the\u0301"])]
+    (sounds / "q.json").write_text(json.dumps(raw))
+    question, = QuestionList(sounds / "q.json")
+    assert question["output"] == "caf\u00e9" and question["choices"] == ["caf\u00e9", "th\u00e9"]
+
+
+@pytest.mark.parametrize("name", ["q.json", "q.jsonl"])
+def test_a_list_that_is_rewritten_while_it_is_used_is_noticed(name, sounds):
+    raw = [item(), item(output="a cat")]
+    text = json.dumps(raw) if name == "q.json" else "\n".join(map(json.dumps, raw))
+    path = sounds / name
+    path.write_text(text)
+    questions = QuestionList(path)
+    loader = DataLoader(questions, batch_size=None, num_workers=1, collate_fn=lambda x: x)
+    expected, times = list(questions), path.stat()
+    path.write_text(text.replace("a cat", "a rat"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    if name == "q.json":  # a copy is read
+        assert list(questions) == expected == list(loader)
+        return
+    assert questions[0] == expected[0]  # the same as before
+    for read in (lambda: questions[1], lambda: list(questions),
+                 lambda: pickle.loads(pickle.dumps(questions))[1], lambda: list(loader)):
+        with pytest.raises(ValueError, match="q.jsonl: has been changed"):
+            read()
+    path.write_text(text[:40])
+    with pytest.raises(ValueError, match="q.jsonl: has been changed"):
+        list(questions)
+
+
+def test_more_tasks_than_sixteen_bits_count(sounds):
+    lines = [json.dumps(item(task=f"task {n}")) for n in range(65_540)]
+    (sounds / "q.jsonl").write_text("\n".join(lines))
+    questions = QuestionList(sounds / "q.jsonl")
+    assert len(questions.tasks) == 65_540 and questions.task_numbers[-1] == 65_539
+    assert questions[65_539]["task"] == "task 65539"
+
+
+@pytest.mark.parametrize("name", [name for name in BAD_SOUNDS if name != "nan"])
+def test_a_clip_whose_header_is_bad_is_found_with_the_list(name, sounds, capsys):
+    make, word = BAD_SOUNDS[name]
+    make(sounds / "bad.wav")
+    (sounds / "q.jsonl").write_text("\n".join(map(json.dumps, [item(), item("bad.wav")])))
+    with pytest.raises(ValueError, match=r"q.jsonl: line 2: .*bad.wav") as error:
+        QuestionList(sounds / "q.jsonl")
+    assert word.lower() in str(error.value).lower() and "\n" not in str(error.value)
+    questions = QuestionList(sounds / "q.jsonl", skip_bad=True)
+    assert [q["audio_id"] for q in questions] == ["a.wav"]
+    assert "line 2" in capsys.readouterr().err
+    if name != "folder":
+        write_wav(sounds / "bad.wav", 0.1)
+        mended = QuestionList(sounds / "q.jsonl")  # which is no change of the list
+        assert len(mended) == 2 and mended.fingerprint == questions.fingerprint
+
+
+def test_clips_that_only_reading_shows_to_be_bad_are_left_out(sounds, capsys):
+    not_numbers(sounds / "bad.wav")
+    raw = [item(), item("bad.wav"), item("more/ä b.wav"), item("bad.wav", output="x")]
+    (sounds / "q.jsonl").write_text("\n".join(map(json.dumps, raw)))
+    questions = QuestionList(sounds / "q.jsonl")
+    items = drop_unreadable(questions, questions.clips(seconds=0.2))
+    assert [q["audio_id"] for q in items] == ["a.wav", "more/ä b.wav"]
+    line, = capsys.readouterr().err.splitlines()
+    assert "bad.wav" in line and "NaN" in line and "1 of 3" in line
+    bad = sounds / "bad.wav"
+    with pytest.raises(ValueError, match="none of the clips"):
+        drop_unreadable(questions, {bad: questions.clips()[bad]})
+
+
+def test_a_list_out_of_a_pipe_or_device_is_refused(sounds):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no named pipes here")
+    os.mkfifo(sounds / "pipe")
+    for path in (sounds / "pipe", "/dev/zero"):
+        with pytest.raises(ValueError, match="has to be a file"):
+            QuestionList(path)
 
 
 def test_a_list_that_is_no_text_file_or_not_there(sounds):

@@ -103,6 +103,8 @@ def test_older_and_newer_ways_to_write_a_config(tmp_path):
     new = read_config(tmp_path)
     assert new.rope_scaling["factor"] == 8 and new.rope_theta == 1000 and new.head_dim == 16
     rope = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
+    write_folder(tmp_path, "llama3", rope_scaling=rope | {"type": "llama3"}, rope_theta=1000)
+    assert read_config(tmp_path) == new  # the same in both, as some programs write it
     theta = rope.pop("rope_theta")
     for key in ("rope_type", "type"):
         rope[key] = rope.pop("rope_type", None) or rope.pop("type")
@@ -116,14 +118,40 @@ def test_older_and_newer_ways_to_write_a_config(tmp_path):
 
 
 def test_what_old_files_hold_twice_is_left_out(tmp_path):
+    expected = write_folder(tmp_path, "llama3")
+    embedding = torch.from_numpy(expected["weights/model.embed_tokens.weight"])
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    extra |= {"lm_head.weight": torch.ones(64, 32)}
-    expected = write_folder(tmp_path, "llama3", change=extra)
+    for head in (embedding, embedding.float()):
+        write_folder(tmp_path, "llama3", change=extra | {"lm_head.weight": head})
+        ids = torch.from_numpy(expected["ids/1"]).long()
+        llm = LLM.from_pretrained(tmp_path)
+        assert llm.config.tie_word_embeddings
+        assert close(llm(ids[None])[0].detach(), expected["logits/1"])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "state_dict.module.", ""])
+def test_what_training_put_around_a_model_is_left_out(tmp_path, prefix):
+    expected = write_folder(tmp_path, "qwen2_untied")
+    tensors = {f"{prefix}{key.removeprefix('weights/')}": torch.from_numpy(value)
+               for key, value in expected.items() if key.startswith("weights/")}
+    tensors["optimizer_state_dict.state.0.exp_avg"] = torch.ones(2)
+    write_safetensors(tmp_path / "model.safetensors", tensors)
     ids = torch.from_numpy(expected["ids/1"]).long()
     logits = LLM.from_pretrained(tmp_path)(ids[None])[0].detach()
     assert close(logits, expected["logits/1"])
 
 
+def test_a_tied_model_with_a_head_of_its_own_uses_it(tmp_path):
+    head = {"lm_head.weight": torch.randn(64, 32, generator=torch.Generator().manual_seed(0))}
+    ids = torch.arange(1, 20)[None]
+    write_folder(tmp_path, "llama3", change=head, tie_word_embeddings=False)
+    expected = LLM.from_pretrained(tmp_path)(ids)
+    write_folder(tmp_path, "llama3", change=head)
+    assert torch.equal(LLM.from_pretrained(tmp_path)(ids), expected)
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 REFUSED = {
     "MistralForCausalLM": dict(architectures=["MistralForCausalLM"]),
     "'LlamaForCausalLM' or 'Qwen2ForCausalLM'": dict(architectures=["GPT2LMHeadModel"]),
@@ -134,11 +162,29 @@ REFUSED = {
     "quantization_config": dict(quantization_config={"bits": 4}),
     "rope_type is 'yarn'": dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}),
     "rope_type is 'linear'": dict(rope_scaling={"type": "linear"}, rope_parameters=None),
+    "rope_type 'llama3', and it says 'yarn'": dict(rope_scaling={"type": "yarn", "factor": 4.0}),
+    "factor 8.0, and it says 4.0": dict(rope_scaling=LLAMA3),
+    "rope_theta 1000.0, and it says 10000.0": dict(rope_scaling=dict(LLAMA3, rope_theta=10000.0)),
+    "rope_theta 1000.0, and it says 77.0": dict(rope_theta=77.0),
+    "full_attention": dict(rope_parameters={"full_attention": LLAMA3}),
+    "rope_theta is nan": dict(rope_parameters={"rope_theta": float("nan")}),
+    "rope_theta is 0": dict(rope_parameters={"rope_theta": 0}),
+    "factor is 0.0": dict(rope_parameters=dict(LLAMA3, factor=0.0)),
+    "rms_norm_eps is -1": dict(rms_norm_eps=-1),
+    "rms_norm_eps is 'x'": dict(rms_norm_eps="x"),
     "partial_rotary_factor is 0.5": dict(partial_rotary_factor=0.5),
     "'low_freq_factor'": dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}),
     "'hidden_size'": dict(drop=["hidden_size"]),
     "hidden_size is '32'": dict(hidden_size="32", head_dim=16),
     "'architectures'": dict(drop=["architectures"]),
+    "architectures is 'None'": dict(architectures=None),
+    "architectures is 'None', ": dict(architectures=[None]),
+    "vocab_size is '64'": dict(vocab_size="64"),
+    "vocab_size is None": dict(vocab_size=None),
+    "vocab_size is 1000000000000": dict(vocab_size=10 ** 12),
+    "num_hidden_layers is 1000000000000000000000000000000": dict(num_hidden_layers=10 ** 30),
+    "far more than its 20 tensors": dict(num_hidden_layers=10 ** 7),
+    "overflow": dict(hidden_size=2 ** 31 - 2, intermediate_size=2 ** 31 - 2),
     "config.json": dict(rope_parameters=["llama3"]),
     "config.json: ": dict(num_attention_heads=0),
     "num_hidden_layers is -2": dict(num_hidden_layers=-2),
@@ -175,6 +221,24 @@ def test_a_folder_with_something_missing_or_damaged_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(text, "latin-1")
         with refused("config.json"):
             LLM.from_pretrained(tmp_path)
+
+
+LFS_POINTER = b"""version https://git-lfs.github.com/spec/v1
+oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393
+size 12345
+"""
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model-1.safetensors", "config.json",
+                                  "tokenizer.json", "tokenizer.model"])
+def test_a_git_lfs_pointer_is_called_one(tmp_path, file):
+    if file.startswith("tokenizer"):
+        write_tokenizer(tmp_path, "llama3")
+    else:
+        write_folder(tmp_path, "llama3", shards=2 if file == "model-1.safetensors" else 1)
+    (tmp_path / file).write_bytes(LFS_POINTER)
+    with refused(tmp_path / file, "git-lfs pointer", "git lfs pull"):
+        (load_tokenizer if file.startswith("tokenizer") else LLM.from_pretrained)(tmp_path)
 
 
 # ------------------------------------------------------------------------------------ the programs

@@ -157,6 +157,11 @@ def test_generation_stops_at_the_end_of_text():
     free = llm.generate([5, 6], 12)
     end = free[3]
     assert llm.generate([5, 6], 12, eos_id=end) == free[:free.index(end)]
+    never = min(set(range(50)) - set(free))
+    for several in ([never, end], [end, never], (end,)):
+        assert llm.generate([5, 6], 12, eos_id=several) == free[:free.index(end)]
+    for none in (None, [], [never]):
+        assert llm.generate([5, 6], 12, eos_id=none) == free
     seen = []
     llm.generate([[5, 6], [7, 8]], 12, eos_id=end, on_token=seen.append)
     assert [row[0] for row in seen if row[0] is not None] == free[:free.index(end)]
@@ -215,7 +220,7 @@ def test_on_cuda_an_explicit_mask_comes_with_a_key_for_each_query_head(monkeypat
     assert not any(isinstance(mask, CausalBias) for *_, mask in calls)
 
 
-def test_on_cuda_the_causal_mask_comes_with_shared_keys(monkeypatch):
+def test_on_cuda_the_causal_mask_comes_with_shared_keys_in_half_precision(monkeypatch):
     calls = []
 
     def record(q, k, v, mask, enable_gqa):
@@ -224,8 +229,11 @@ def test_on_cuda_the_causal_mask_comes_with_shared_keys(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
-    make(10)(torch.randint(50, (2, 5)))
-    assert calls == [(4, 2, CausalBias, True)] * 3
+    llm, ids = make(10), torch.randint(50, (2, 5))
+    for dtype, heads in ((torch.bfloat16, 2), (torch.float32, 4)):
+        calls.clear()
+        llm.to(dtype)(ids)
+        assert calls == [(4, heads, CausalBias, True)] * 3
 
 
 def test_the_loss_is_the_weighted_sum_over_the_tokens_to_be_learnt():

@@ -98,10 +98,10 @@ def test_without_a_checkpoint_the_newest_is_asked(call, checkpoint, tmp_path):
         path.write_bytes(checkpoint.read_bytes())
         os.utime(path, (1e9 - age, 1e9 - age))
     code, _, stderr = call(sample, "--audio", "a.wav", "--prompt", "x", "--max-new-tokens", 1)
-    assert code == 0 and "out/pal/model.pt" in stderr
+    assert code == 0 and str(Path("out/pal/model.pt")) in stderr
     os.utime(tmp_path / "out" / "lal" / "model.pt", (1e9, 1e9))
     stderr = call(sample, "--audio", "a.wav", "--prompt", "x", "--max-new-tokens", 1)[2]
-    assert "out/lal/model.pt" in stderr
+    assert str(Path("out/lal/model.pt")) in stderr
 
 
 def test_a_checkpoint_of_half_numbers_is_asked_like_any_other(checkpoint, tmp_path):
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_half_numbers_is_asked_like_any_other(checkpoint, tmp_pa
 def test_without_any_checkpoint_the_one_that_comes_with_the_code_answers(call, tmp_path):
     write_wav("a.wav", 0.5)
     code, _, stderr = call(sample, "--audio", "a.wav", "--prompt", "What is it?")
-    assert code == 0 and "assets/lal.pt: mode lal" in stderr
+    assert code == 0 and f"{Path('assets/lal.pt')}: mode lal" in stderr
 
 
 def test_what_is_cropped_or_padded_is_said(call, checkpoint, tmp_path):
@@ -207,6 +207,65 @@ def test_a_list_is_answered_written_and_scored(call, checkpoint, sounds, refuses
     (sounds / "more" / "ä b.wav").write_bytes(b"no sound")
     refuses(["b.wav"], sample, "--ckpt", checkpoint, *options)
     assert (sounds / "new" / "p.json").read_bytes() == written and len([*sounds.glob("new/*")]) == 1
+
+
+def test_a_list_goes_on_without_clips_that_cannot_be_heard(call, checkpoint, sounds, refuses):
+    """Whether their headers show it or only their samples."""
+    names = ["a.wav", *BAD_SOUNDS, "more/ä b.wav", "a.wav"]
+    for name in BAD_SOUNDS:
+        BAD_SOUNDS[name][0](sounds / name)
+    raw = [item(name, task="classification") for name in names]
+    (sounds / "q.jsonl").write_text("\n".join(map(json.dumps, raw)))
+    options = ["--data", "q.jsonl", "--out", "p.json", "--max-new-tokens", 2, "--controls"]
+    stderr = ask(call, checkpoint, *options, "--skip-bad")[1]
+    assert all(f"{name}: " in stderr for name in BAD_SOUNDS)
+    rows = json.loads((sounds / "p.json").read_text(encoding="utf-8"))
+    assert [row["audio_id"] for row in rows] == ["a.wav", "more/ä b.wav", "a.wav"]
+    assert refuses(["items cannot be used"], sample, "--ckpt", checkpoint, *options)
+
+
+@pytest.mark.parametrize("name", ["q.json", "a.wav", "model.pt", "link.json", "a folder"])
+def test_the_answers_overwrite_nothing_that_is_read(name, refuses, checkpoint, sounds):
+    (sounds / "q.json").write_text(json.dumps([item()]))
+    (sounds / "model.pt").write_bytes(checkpoint.read_bytes())
+    (sounds / "a folder").mkdir()
+    try:
+        (sounds / "link.json").symlink_to("q.json")
+    except OSError:  # not everybody may make one on Windows
+        os.link(sounds / "q.json", sounds / "link.json")
+    before = {path: path.read_bytes() for path in sounds.iterdir() if path.is_file()}
+    refuses([f"--out {name}"], sample, "--ckpt", "model.pt", "--data", "q.json", "--out", name,
+            "--max-new-tokens", 1)
+    assert {path: path.read_bytes() for path in sounds.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no such devices here")
+def test_devices_are_refused(refuses, checkpoint, sounds):
+    (sounds / "q.json").write_text(json.dumps([item()]))
+    options = ["--ckpt", checkpoint, "--max-new-tokens", 1]
+    refuses(["/dev/zero"], sample, *options, "--audio", "/dev/zero", "--prompt", "x")
+    refuses(["/dev/zero"], sample, *options, "--data", "/dev/zero")
+    refuses(["/dev/zero"], sample, "--ckpt", "/dev/zero", "--audio", "a.wav", "--prompt", "x")
+    refuses(["--out /dev/zero"], sample, *options, "--data", "q.json", "--out", "/dev/zero")
+
+
+def test_a_closed_stdin_asks_nothing(call, checkpoint, sounds, monkeypatch):
+    def closed(prompt):
+        raise RuntimeError("input(): lost sys.stdin")  # what Python's own does
+
+    monkeypatch.setattr(sample, "input", closed, raising=False)
+    assert ask(call, checkpoint, "--audio", "a.wav")[0] == ""
+
+
+def test_absurd_prompts_and_temperatures_are_one_line(refuses, checkpoint, sounds, call):
+    options = ["--audio", "a.wav", "--ckpt", checkpoint, "--max-new-tokens", 2]
+    refuses(["4,000"], sample, *options, "--prompt", "x" * 100_000)
+    refuses(["4,000"], sample, *options, stdin="what?\n" + "x" * 100_000)
+    for temperature in ("1e-40", "9e-7"):
+        refuses(["--temperature"], sample, *options, "--prompt", "x", "--temperature", temperature)
+    cold, greedy = (ask(call, checkpoint, *options[:2], "--prompt", "x", "--max-new-tokens", 5,
+                        "--temperature", temperature)[0] for temperature in (1e-6, 0))
+    assert cold == greedy
 
 
 @pytest.mark.parametrize("options, words", [

@@ -1,10 +1,13 @@
 """Scores, held to those of the reference packages."""
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from lib.scores import (bootstrap, cider_d, normalize_words, task_measures, weighted_mean)
+from lib.scores import (bootstrap, cider_d, normalize_words, print_scores, task_measures,
+                        weighted_mean, word_f1)
 
 GOLDEN = Path(__file__).parent / "golden" / "scores.npz"
 
@@ -32,6 +35,55 @@ def test_captions_and_transcripts_are_scored_as_the_reference_packages_do():
 
 def test_words_are_lower_case_and_without_punctuation():
     assert normalize_words('"Don\'t!" - SAID a hi-hat...') == ["don't", "said", "a", "hi-hat"]
+
+
+# Answers, references, and the word error rate that jiwer 4.0.0 gives on their words: Hindi, Tamil,
+# Thai, Arabic with its vowels, Persian with a joiner, and Latin in the other normal form.
+TRANSCRIPTS = [
+    ("मारी नीम का", "मेरा नाम की", 1.0), ("मेरा नाम का है", "मेरा नाम की है।", 1 / 4),
+    ("தமழ் மொழி", "தமிழ் மொழி", 1 / 2), ("ฉันชิบ แมว", "ฉันชอบ แมว", 1 / 2),
+    ("كُتِبَ الوَلَدُ", "كَتَبَ الوَلَدُ؟", 1 / 2), ("می خواهم بروم", "می‌خواهم بروم", 1.0),
+    ("cafe\u0301 creme", "Café, crème!", 1 / 2), ("我喜欢猫", "我喜欢狗", 1.0)]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("answer, reference, rate", TRANSCRIPTS)
+def test_words_of_all_scripts_keep_their_marks(answer, reference, rate, form):
+    item = {"clip": 0, "output": unicodedata.normalize(form, reference)}
+    value, = task_measures("transcription", [item], [(answer, None)]).values()
+    assert weighted_mean(*value) == rate
+    assert (word_f1(answer, reference) == 1) == (rate == 0)
+    value, = task_measures("transcription", [item], [(reference, None)]).values()
+    assert weighted_mean(*value) == 0
+    assert weighted_mean(*task_measures("x", [item | {"choices": []}], [(reference, None)])[
+        "exact match"]) == 1
+    try:
+        import jiwer
+    except ImportError:
+        return
+    assert jiwer.wer(*(" ".join(normalize_words(text)) for text in (reference, answer))) == rate
+
+
+@pytest.mark.parametrize("text, others", [
+    ("की", ["का", "की", "के"]), ("แม่", ["แม", "แม่"]), ("كَتَبَ", ["كُتِبَ", "كَتَبَ"]),
+    ("C#", ["C", "C++", "C#"]), ("?!", ["...", "?!"]), ("cafe\u0301", ["cafe", "caf\u00e9"])])
+def test_an_exact_answer_is_scored_as_no_other_choice(text, others):
+    reference = unicodedata.normalize("NFC", text)
+    item = {"clip": 0, "output": reference, "choices": others}
+    scores = task_measures("reasoning", [item], [(text, others[0])])
+    assert weighted_mean(*scores["choice by words"]) == 1
+    assert weighted_mean(*scores["choice by likelihood"]) == (others[0] == reference)
+
+
+def test_a_reference_of_punctuation_alone_gives_a_dash(capsys, recwarn):
+    item = {"clip": 0, "output": "...", "choices": [], "domain": "d", "task": "transcription"}
+    print_scores([item], {"model": [("a", None)], "silence": [("", None)]})
+    row = capsys.readouterr().out.splitlines()[1]
+    assert row.split() == ["d", "transcription", "1", "word", "error", "rate", "-", "-"]
+    print_scores([item, item | {"clip": 1, "output": "a b"}], {"model": [("", None), ("a", None)]})
+    assert "0.500 [0.500, 0.500]" in capsys.readouterr().out
+    print_scores([item | {"task": "captioning"}], {"model": [("a", None)]})
+    assert "nan" not in capsys.readouterr().out and not list(recwarn)
 
 
 def test_labels_count_alike_in_the_macro_average_however_rare():

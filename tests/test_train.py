@@ -1,5 +1,7 @@
 """Training: what is trained and what is not, repeatable, safe to interrupt, fairly scored."""
+import errno
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -7,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from itertools import islice
@@ -24,15 +27,16 @@ import train
 from data.batches import ItemDataset, index_batches, load_batches, microbatches
 from data.lists import QuestionList, add_token_ids
 from data.world import load_world, render, scene
-from encoders import ENCODERS, load_audio
+from encoders import ENCODERS
 from integrate import CHECKPOINT_FORMAT, MODES, AudioLLM, IntegrationConfig
 from lib import weights
+from lib.audio import load_audio
 from lib.cli import command_line
 from lib.optim import cosine_schedule
 from lib.processes import catch_stop_signals
 
 ROOT = Path(__file__).parents[1]
-UNTRAINED = [mode for mode in MODES if mode != "flamingo"]  # modes that add no parameters
+ROUTED = [mode for mode in MODES if mode != "flamingo"]  # no layers of their own
 
 
 @pytest.fixture
@@ -80,20 +84,25 @@ def the_same(a, b):
 
 # ------------------------------------------------------------------------------- from end to end
 
-def test_the_listening_world_from_training_to_an_answer(run_train, call):
+def test_the_listening_world_from_training_to_an_answer(run_train, call, monkeypatch):
+    evaluated, evaluate = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a: evaluated.append(a) or evaluate(*a))
     stdout, stderr, lines = run_train(*WORLD, data=())
     for word in ("model", "silence", "wrong clip", "majority", "sound", "speech", "stage 3"):
         assert word in stdout
     assert "cropped" not in stderr and "silence" not in stderr
-    *steps, end = lines
+    *steps, last = lines
     assert [line["step"] for line in steps if "validation" in line] == [3, 6, 9]
-    assert end["options"]["clips"] == 4 and end["seconds_per_step"] > 0
-    assert {"all all", "sound all", "speech transcription"} <= end["scores"].keys()
+    assert last["options"]["clips"] == 4 and last["seconds_per_step"] > 0
+    assert {"all all", "sound all", "speech transcription"} <= last["scores"].keys()
     questions = list(QuestionList("out/demo/questions.json"))
     assert {i["clip"].name for i in questions} == {p.name for p in Path("out/demo").glob("*.wav")}
-    assert len(questions) == end["scores"]["all all"]["questions"]
+    assert len(questions) == last["scores"]["all all"]["questions"]
     wave = torch.from_numpy(render(scene("test", 1, 0)))
     assert torch.allclose(load_audio("out/demo/1.wav", 16000), wave, atol=1e-4)
+    (model, features, *_), = evaluated
+    fresh, = model.features([lambda rate: wave])
+    assert all(torch.allclose(features[1][kind], fresh[kind], atol=1e-5) for kind in fresh)
     code, stdout, stderr = call(sample, "--audio", "out/demo/0.wav", "--prompt", "What is it?")
     assert code == 0 and stdout.endswith("\n") and "out/lal/model.pt: mode lal" in stderr
 
@@ -124,6 +133,10 @@ def test_the_seed_decides_every_loss(run_train, sounds):
         del line["seconds_per_step"]
     assert one == two
     assert all(a != b for a, b in zip(losses(one), losses(other)))
+    items = QuestionList(sounds / "q.json")
+    orders = {tuple(next(batches)) for seed in range(9) for _, _, batches in train.plan_stages(
+        items, train.Options(seed=seed, tasks="all", steps1=1, batch=9))}
+    assert len(orders) > 20  # of 9 seeds and 3 stages
 
 
 def test_evaluation_does_not_disturb_training(run_train, sounds, monkeypatch):
@@ -152,7 +165,7 @@ def recorded(monkeypatch):
 
 def test_the_mode_sets_the_routes_and_nothing_else(run_train, sounds, recorded):
     runs = {}
-    for mode in UNTRAINED:
+    for mode in ROUTED:
         recorded.clear()
         run_train("--mode", mode, "--lr", 1e-3)
         runs[mode] = list(recorded)
@@ -187,8 +200,8 @@ def test_questions_about_one_clip_come_by_fours():
         seen.append(next(batches).tolist())
         clip_counts.append(len(set(clips[seen[-1]])))
     assert sorted(sum(seen, [])) == list(range(180))
-    # nine are four, four and one; a few groups are cut apart
-    assert sum(clip_counts) < 180 * (3 / 9 + 0.1)
+    # nine are four, four and one; a few groups are cut apart, a few meet
+    assert 180 * (3 / 9 - 0.1) < sum(clip_counts) < 180 * (3 / 9 + 0.1)
 
 
 def test_the_batches_of_the_example_are_those_of_the_docstring():
@@ -227,8 +240,8 @@ def changes(states, part):
 
 def test_frozen_is_frozen_and_the_rest_learns(run_train, sounds, recorded):
     run_train()
-    end = AudioLLM.load("out/lal/model.pt").state_dict()
-    states = [recorded[0][0], recorded[3][0], recorded[6][0], end]  # after 0, 3, 6 and 9 steps
+    final = AudioLLM.load("out/lal/model.pt").state_dict()
+    states = [recorded[0][0], recorded[3][0], recorded[6][0], final]  # after 0, 3, 6 and 9 steps
     assert changes(states, "encoders") == []
     assert changes(states, "connectors") == [1, 2, 3]
     assert changes(states, "llm") == [2, 3]
@@ -240,10 +253,10 @@ def test_frozen_is_frozen_and_the_rest_learns(run_train, sounds, recorded):
 @pytest.mark.parametrize("freeze, pattern", [("ffn", ".mlp."), ("llm", "")])
 def test_what_is_to_stay_frozen_does_to_the_bit(freeze, pattern, run_train, sounds, recorded):
     stdout, *_ = run_train("--freeze", freeze)
-    start, end = recorded[0][0], AudioLLM.load("out/lal/model.pt").state_dict()
+    start, final = recorded[0][0], AudioLLM.load("out/lal/model.pt").state_dict()
     for name in start:
         if name.startswith("llm."):
-            assert torch.equal(start[name], end[name]) == (pattern in name), name
+            assert torch.equal(start[name], final[name]) == (pattern in name), name
     assert all("connectors" in name or pattern not in name for name in recorded[8][2])
     assert any(name.startswith("connectors") for name in recorded[8][2])
     assert re.search("^llm feed-forward .* frozen$", stdout, re.M)
@@ -301,7 +314,7 @@ def test_the_start_tells_what_is_trained_part_by_part(run_train, sounds):
 @pytest.mark.parametrize("options, config", [
     ("--connector lfst --config grid_steps=5,grid_bands=3,connector_layers=1",
      IntegrationConfig("lfst", grid_steps=5, grid_bands=3, connector_layers=1)),
-    ("--connector qformer --config queries=3 --lal-layers 1: --audio-rope off",
+    ("--connector qformer --config queries=3,audio_rope=off --lal-layers 1:",
      IntegrationConfig("qformer", queries=3, lal_layers="1:", audio_rope="off"))])
 def test_options_choose_the_arm_and_the_checkpoint_keeps_it(options, config, run_train, sounds,
                                                             call):
@@ -345,7 +358,7 @@ def batch_of(model):
     return features, add_token_ids(model.tokenizer, items)
 
 
-@pytest.mark.parametrize("mode", UNTRAINED)
+@pytest.mark.parametrize("mode", ROUTED)
 def test_the_loss_is_that_of_the_answers_tokens_and_padding_changes_nothing(mode, exact):
     model = audio_llm(mode).double()
     features, items = batch_of(model)
@@ -363,6 +376,16 @@ def test_the_loss_is_that_of_the_answers_tokens_and_padding_changes_nothing(mode
     assert abs(train.answer_loss(model, features, items, 5).item() - sum(means) / 5) < 1e-12
     alone = [train.answer_loss(model, features, [i]).item() for i in items]
     assert np.allclose(alone, means, rtol=0, atol=1e-12)
+
+
+def test_each_answer_of_a_checklist_counts_as_one(exact):
+    model = audio_llm("lal").double()
+    features, items = batch_of(model)
+    pairs = [("a dog", "yes"), ("a cat", "no"), ("rain", "yes")]
+    items += add_token_ids(model.tokenizer, [{"clip": 1, "pairs": pairs}])
+    sums = [train.answer_loss(model, features, [i], 1).item() for i in items]
+    loss = train.answer_loss(model, features, items).item()
+    assert abs(loss - sum(sums) / (3 + 3)) < 1e-12
 
 
 def test_feature_noise_is_of_its_size_and_step_and_clip_decide_it():
@@ -410,14 +433,14 @@ def test_encoders_can_be_trained(run_train, sounds, recorded, monkeypatch):
     monkeypatch.setattr(train, "exact_match", record)
     stdout, *_ = run_train("--train-encoders", "--encoders", "whisper,clap")
     stages = [AudioLLM.load(f"out/lal/stage{n}.pt") for n in (1, 2, 3)]
-    states, end = [recorded[0][0], *(model.state_dict() for model in stages)], stages[-1]
+    states, final = [recorded[0][0], *(model.state_dict() for model in stages)], stages[-1]
     for kind in ("whisper", "clap"):
         assert changes(states, f"encoders.{kind}") == [2, 3]
         assert re.search(f"^encoders.{kind} .* trained in stage 2, 3$", stdout, re.M)
-    assert not end.encoders["whisper"].frozen
+    assert not final.encoders["whisper"].frozen
     features, first = evaluated[-1], evaluated[0]
     for clip in features:
-        fresh, = end.features([lambda rate, clip=clip: load_audio(clip, rate)])
+        fresh, = final.features([lambda rate, clip=clip: load_audio(clip, rate)])
         for kind in fresh:
             assert torch.allclose(features[clip][kind], fresh[kind], atol=1e-5)
             assert not torch.allclose(features[clip][kind], first[clip][kind], atol=1e-5)
@@ -464,7 +487,7 @@ def test_a_trained_encoder_of_a_file_of_its_own_is_in_the_checkpoint(run_train, 
 
 # ----------------------------------------------------------------------------------------- scores
 
-@pytest.mark.parametrize("mode", UNTRAINED)
+@pytest.mark.parametrize("mode", ROUTED)
 def test_answers_in_batches_are_those_of_each_question_alone(mode, brief):
     model = audio_llm(mode)
     model.connectors.double()
@@ -587,7 +610,80 @@ def test_many_bad_items_are_counted_and_can_be_left_out(sounds, refuses, run_tra
 def test_a_list_that_changed_cannot_be_resumed(unfinished, refuses, sounds):
     whole = (sounds / "q.json").read_text()
     (sounds / "q.json").write_text(whole.replace("b b", "B b"))
-    refuses(["q.json has changed", "step-00000004.pt"], train, *unfinished, "--resume")
+    refuses(["q.json has changed", "step-00000004.pt", "put it back", "--skip-bad"], train,
+            *unfinished, "--resume")
+
+
+@pytest.fixture
+def unreadable(sounds):
+    """The lists q.json and v.json with two questions about bad.wav, whose header is good."""
+    BAD_SOUNDS["nan"][0](sounds / "bad.wav")
+    for name in ("q.json", "v.json"):
+        items = json.loads((sounds / name).read_text())
+        items[1:1] = [item("bad.wav", instruction="bad, captioning?", task="captioning")] * 2
+        (sounds / name).write_text(json.dumps(items))
+    return sounds
+
+
+@pytest.mark.parametrize("options", ["", "--workers 2", "--no-keep-features",
+                                     "--no-keep-features --workers 2", "--feature-cache cache",
+                                     "--train-encoders --encoders clap"])
+def test_a_clip_that_fails_when_it_is_read_is_told_of_once_and_left_out(
+        options, unreadable, run_train, refuses, base, recorded):
+    refuses(["bad.wav", "NaN"], train, "--base", base, "--device", "cpu", "--data", "q.json",
+            "--val-data", "v.json", *options.split(), "--out", "new")
+    _, stderr, lines = run_train("--skip-bad", *options.split(), steps=(2, 2, 9))
+    assert stderr.count("bad.wav") == 1 and "left out: clip 1 " in stderr
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert lines[-1]["scores"]["all all"]["questions"] == 3
+    learnt = Counter(question for _, batch, _ in recorded for question in batch)
+    assert len(learnt) == 9 and not any("bad" in question for question in learnt)
+    if "cache" in options:  # which tells how many it has, and is none for who must not skip any
+        stdout, stderr, _ = run_train("--skip-bad", *options.split())
+        assert re.findall(r"it has (\d) of (\d) clips", stdout) == [("3", "4"), ("2", "3")]
+        assert "bad.wav" not in stderr
+        refuses(["bad.wav"], train, "--base", base, "--data", "q.json", *options.split(),
+                "--device", "cpu", "--out", "new")
+
+
+@pytest.mark.parametrize("features", [None, "kept"])
+def test_the_loss_is_divided_by_the_answers_that_are_left(features, unreadable):
+    model, questions = audio_llm("lal"), QuestionList(unreadable / "q.json")
+    clips = questions.clips(model.window)
+    features = features and train.extract_features(model, clips, set())
+    split = train.Split(clips, questions, "", features, set())
+    batches = [np.array([0, 1, 2, 3]), np.array([1, 2]), np.array([3, 4])]
+    loaded = list(load_batches(iter(batches), ItemDataset(split, model), train.Options(micro=3)))
+    assert [[len(part.items) for part in parts] for parts in loaded] == [[1, 1], [0], [2]]
+    assert [{part.answers for part in parts} for parts in loaded] == [{2}, {0}, {2}]
+    assert [path.name for path in split.unreadable] == ["bad.wav"]
+
+
+def test_nothing_but_unreadable_clips_is_one_line(unreadable, refuses, base):
+    (unreadable / "q.json").write_text(json.dumps([item("bad.wav")]))
+    refuses(["none of the clips"], train, "--base", base, "--data", "q.json", "--skip-bad",
+            "--device", "cpu")
+
+
+def test_a_training_that_an_unreadable_clip_ended_goes_on_without_it(unreadable, run_train, base,
+                                                                    refuses, interrupt):
+    (unreadable / "v.json").write_text(json.dumps([item("a.wav"), item("b.wav")]))
+    options = "--no-keep-features", "--skip-bad"
+    lines, state = outcome(run_train(*options)[2])
+    again, resumed = outcome(interrupt(7, "killed", *options))
+    assert again == lines and the_same(state, resumed)
+    # without --skip-bad stage 3 meets it
+    brief = ["--base", base, "--device", "cpu", "--batch", 2, "--data", "q.json", "--val-data",
+             "v.json", "--no-keep-features", "--save-every", 1, "--steps1", 3, "--steps2", 3,
+             "--steps3", 3, "--batch", 9]
+    refuses(["bad.wav", "NaN"], train, *brief)
+    whole = (unreadable / "q.json").read_text()
+    items = [i for i in json.loads(whole) if i["audio_id"] != "bad.wav"]
+    (unreadable / "q.json").write_text(json.dumps(items))
+    refuses(["put it back", "--skip-bad"], train, *brief, "--resume", "--skip-bad")
+    (unreadable / "q.json").write_text(whole)
+    refuses(["bad.wav", "NaN"], train, *brief, "--resume")
+    run_train("--no-keep-features", "--skip-bad", "--batch", 9, "--resume")
 
 
 @pytest.mark.parametrize("data", ["own", "world"])
@@ -610,7 +706,8 @@ def test_the_feature_cache_gives_the_same_losses_without_hearing_again(data, run
 def test_the_feature_cache_knows_what_features_depend_on(base, sounds, monkeypatch):
     """Another world, list, sound, connector's pool size, encoder or base has a file of its own."""
     hearings, base = [], Path(shutil.copy(base, sounds))
-    monkeypatch.setattr(train, "extract_features", lambda *a: hearings.append(a) or {0: {}})
+    monkeypatch.setattr(train, "extract_features", lambda model, clips, _: hearings.append(clips)
+                        or {clip: {} for clip in clips})
 
     def load(**changes):
         options = train.Options(base=str(base), clips=2, test_clips=2,
@@ -679,7 +776,8 @@ def test_a_bad_base_is_one_line_and_overwrites_nothing(refuses, sounds, earlier,
     ("--mod lal", ["--mod"]),
     ("--nonsense", ["--nonsense"]),
     ("--lal-layers 9", ["lal-layers 9", "0 to 3"]),
-    ("--mode plits --audio-rope off", ["audio-rope", "plits"]),
+    ("--mode plits --config audio_rope=off", ["audio_rope", "plits"]),
+    ("--config audio_rope=no", ["--config audio_rope=no", "audio_rope=off"]),
     ("--connector flst", ["--connector", "lfst"]),
     ("--freeze some", ["--freeze", "ffn"]),
     ("--config queries=0", ["--config queries=0", "from 1 to"]),
@@ -758,9 +856,9 @@ def test_ctrl_c_leaves_the_last_checkpoint(sounds, base):
     process = subprocess.Popen(command, cwd=sounds, stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)
     try:
-        end = time.time() + 300
+        deadline = time.time() + 300
         while not (metrics.exists() and '"stage": "2"' in metrics.read_text()):
-            if process.poll() is not None or time.time() > end:
+            if process.poll() is not None or time.time() > deadline:
                 process.kill()
                 pytest.fail(process.communicate()[1])
             time.sleep(0.05)
@@ -793,17 +891,29 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "m.pt"]  # and no half of one takes up room
 
 
+def test_a_full_disk_is_told_of_with_the_path_of_the_metrics():
+    class Full:
+        name = "out/lal/metrics.jsonl"
+
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError) as refusal:
+        train.log(Full(), step=1)
+    assert refusal.value.filename == "out/lal/metrics.jsonl"
+
+
 @pytest.fixture
 def interrupt(run_train, call, base, monkeypatch):
-    """interrupt(after, how) is run_train(), broken off after so many steps and then resumed."""
-    def run(after, how, *options):
+    """interrupt(after, cause) is run_train(), broken off after so many steps and then resumed."""
+    def run(after, cause, *options):
         answer_loss, calls = train.answer_loss, []
 
         def broken(*args):
             calls.append(1)
-            if len(calls) == after + 1 and how == "killed":
+            if len(calls) == after + 1 and cause == "killed":
                 raise KeyboardInterrupt
-            if len(calls) == after and how == "signalled":
+            if len(calls) == after and cause == "signalled":
                 signal.raise_signal(signal.SIGTERM)
             return answer_loss(*args)
 
@@ -812,7 +922,7 @@ def interrupt(run_train, call, base, monkeypatch):
                                "q.json", "--val-data", "v.json", *options,
                                *"--steps1 3 --steps2 3 --steps3 3 --save-every 2".split())
         assert code == 130 and "Traceback" not in stderr
-        assert len(calls) == after + (how == "killed")
+        assert len(calls) == after + (cause == "killed")
         monkeypatch.setattr(train, "answer_loss", answer_loss)
         return run_train("--resume", *options)[2]
 
@@ -829,16 +939,16 @@ def outcome(lines):
     return lines, torch.load("out/lal/model.pt", weights_only=True)["state"]
 
 
-@pytest.mark.parametrize("after, how, options", [
+@pytest.mark.parametrize("after, cause, options", [
     (2, "killed", ""), (4, "killed", ""), (4, "signalled", ""), (9, "signalled", ""),
     (5, "killed", "--train-encoders --encoders clap"), (5, "signalled", "--no-keep-features")])
 def test_a_training_broken_off_and_resumed_is_the_unbroken_one_to_the_bit(
-        after, how, options, interrupt, run_train, sounds):
+        after, cause, options, interrupt, run_train, sounds):
     options = tuple(options.split())
     if options not in UNBROKEN:
         UNBROKEN[options] = outcome(run_train(*options)[2])
     lines, state = UNBROKEN[options]
-    again, resumed = outcome(interrupt(after, how, *options))
+    again, resumed = outcome(interrupt(after, cause, *options))
     assert again == lines and the_same(state, resumed)
     assert not list(Path("out/lal").glob("step-*"))  # finished: nothing to resume
 
@@ -851,6 +961,8 @@ def test_the_first_signal_is_noted_and_the_second_one_acts():
         signal.raise_signal(signal.SIGINT)
         assert signals == [signal.SIGTERM, signal.SIGINT]
         signal.raise_signal(signal.SIGINT)
+    with catch_stop_signals():
+        pass
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
@@ -992,10 +1104,10 @@ def test_a_batch_in_parts_is_the_batch_at_once(data, run_train, sounds, monkeypa
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_parts_of_a_batch_are_all_of_it_and_its_answers_are_counted(workers):
-    items = [{"pairs": [(f"{i} ", "yes")] * (1 + i)} if i % 2 else
-             {"instruction": f"{i}", "output": "yes"} for i in range(6)]
+    items = [{"clip": 0, "pairs": [(f"{i} ", "yes")] * (1 + i)} if i % 2 else
+             {"clip": 0, "instruction": f"{i}", "output": "yes"} for i in range(6)]
     batches = [np.array([3, 0, 5, 1, 4]), np.array([2])]
-    dataset = ItemDataset(train.Split({}, items, "", {}), audio_llm("lal"))
+    dataset = ItemDataset(train.Split({}, items, "", {0: {}}), audio_llm("lal"))
     options = train.Options(micro=2, workers=workers)
     loaded = list(load_batches(iter(batches), dataset, options))
     assert [{part.answers for part in parts} for parts in loaded] == [{4 + 1 + 6 + 2 + 1}, {1}]
@@ -1022,8 +1134,10 @@ def test_a_part_hears_each_of_its_clips_once_and_in_order(sounds):
     questions, model = QuestionList(sounds / "q.json"), audio_llm("lal")
     dataset = ItemDataset(train.Split({}, questions, ""), model)
     part, = microbatches([np.array([7, 1, 6, 0, 2])], questions, 9)
+    hearings = []
+    dataset.spectrograms = lambda clip: hearings.append(clip) or model.spectrograms(clip)
     loaded = dataset[part]
-    assert [path.name for path in loaded.spectrograms] == ["c.wav", "a.wav"]
+    assert [path.name for path in loaded.spectrograms] == ["c.wav", "a.wav"] and len(hearings) == 2
     spectrograms = model.spectrograms(lambda rate: load_audio(sounds / "a.wav", rate))
     for kind, (spectrogram, seconds) in spectrograms.items():
         mine, own_seconds = loaded.spectrograms[sounds / "a.wav"][kind]
@@ -1035,6 +1149,7 @@ sys.path[:0] = {path}
 import test_train, train
 from lib.cli import command_line
 test_train.in_float64()
+train.LOG_EVERY = 1
 calls, answer_loss = [], train.answer_loss
 train.answer_loss = lambda *a: calls.append(1) or answer_loss(*a)
 command_line(train.Options, train.__doc__, train.main)
@@ -1042,24 +1157,51 @@ print(len(calls), file=open("calls" + os.environ["RANK"], "w"))
 """
 
 
-def test_two_processes_are_one_with_twice_the_parts(run_train, sounds, base, monkeypatch):
-    steps = "--steps1 1 --steps2 0 --steps3 11".split()
-    options = ["--data", "q.json", "--val-data", "v.json", "--batch", "3", "--micro", "1"]
-    (sounds / "two.py").write_text(TWO.format(path=[str(ROOT), str(ROOT / "tests")]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "two.py", "--base", str(base), "--device", "cpu", *options, *steps]
-    done = subprocess.run([*command, "--out", "two"], cwd=sounds, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("stage 3: trains") == 1  # the first speaks for both
-    two = [json.loads(line) for line in (sounds / "two" / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture
+def run_two(base, sounds):
+    """run_two(options) trains in two processes: (stdout, stderr, lines of metrics.jsonl)."""
+    if os.name == "nt":
+        pytest.skip("torchrun needs libuv, which torch for Windows is built without")
+
+    def run(*options):
+        (sounds / "two.py").write_text(TWO.format(path=[str(ROOT), str(ROOT / "tests")]))
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             "two.py", "--base", base, "--device", "cpu", "--data", "q.json", "--val-data",
+             "v.json", "--batch", "3", "--micro", "1", "--steps1", "1", "--steps2", "0",
+             "--steps3", "11", "--out", "two", *options],
+            cwd=sounds, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        lines = (sounds / "two" / "metrics.jsonl").read_text().splitlines()
+        return done.stdout, done.stderr, [json.loads(line) for line in lines]
+
+    return run
+
+
+def test_two_processes_are_one_with_twice_the_parts(run_train, run_two, sounds, monkeypatch):
+    stdout, _, two = run_two()
+    assert stdout.count("stage 3: trains") == 1  # the first speaks for both
     in_float64(monkeypatch.setattr)
-    one = run_train(*options[4:], steps=(1, 0, 11))[2]
-    assert len(losses(one)) == 3 and close(one, two)
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    one = run_train("--batch", 3, "--micro", 1, steps=(1, 0, 11))[2]
+    assert len(losses(one)) == 12 and close(one, two)
     # of the three parts of each of twelve steps one process has run two, the other one
     assert [int((sounds / f"calls{rank}").read_text()) for rank in (0, 1)] == [24, 12]
     assert {p.name for p in (sounds / "two").iterdir()} == {
         "metrics.jsonl", "model.pt", "stage1.pt", "stage3.pt"}
+
+
+@pytest.mark.slow
+def test_two_processes_tell_once_of_a_clip_that_cannot_be_read(run_train, run_two, unreadable,
+                                                               monkeypatch):
+    options = "--skip-bad", "--no-keep-features"
+    (unreadable / "v.json").write_text(json.dumps([item("a.wav"), item("b.wav")]))
+    _, stderr, two = run_two(*options)
+    assert stderr.count("bad.wav") == 1
+    in_float64(monkeypatch.setattr)
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    one = run_train(*options, "--batch", 3, "--micro", 1, steps=(1, 0, 11))[2]
+    assert len(losses(one)) == 12 and close(one, two)
 
 
 @pytest.mark.parametrize("data, workers", [("own", 0), ("own", 2), ("world", 0)])
@@ -1069,6 +1211,16 @@ def test_encoders_in_the_loop_give_what_kept_features_give(data, workers, run_tr
     stored = run_train(*options, **world)[2]
     encoded = run_train(*options, "--workers", workers, "--no-keep-features", **world)[2]
     assert close(stored, encoded, 1e-5)
+
+
+def test_for_mps_one_thread_hears(monkeypatch):
+    """In more than one its command buffers come into each other's way."""
+    model, threads = audio_llm("lal"), set()
+    monkeypatch.setattr(AudioLLM, "device", torch.device("mps"))
+    monkeypatch.setattr(train, "encode_clips", lambda model, clips, skip_bad: (
+        threads.add(threading.get_ident()) or time.sleep(0.01) or dict.fromkeys(clips, {}), {}))
+    features = train.extract_features(model, dict.fromkeys(range(99)))
+    assert len(features) == 99 and len(threads) == 1
 
 
 def test_clips_heard_side_by_side_are_each_heard_as_if_alone(base, monkeypatch):
@@ -1086,8 +1238,8 @@ def test_workers_change_nothing_and_a_bad_sound_in_one_is_one_line(run_train, so
                                                                   base):
     plain, ahead = run_train()[2], run_train("--workers", 2)[2]
     assert losses(plain) == losses(ahead)
-    (sounds / "c.wav").write_bytes((sounds / "c.wav").read_bytes()[:999])
-    lines = refuses(["c.wav", "truncated"], train, "--base", base, "--data", "q.json", "--val-data",
+    BAD_SOUNDS["nan"][0](sounds / "c.wav")
+    lines = refuses(["c.wav", "NaN"], train, "--base", base, "--data", "q.json", "--val-data",
                     "v.json", "--no-keep-features", "--workers", 1, "--out", "new")
     assert len([line for line in lines if "c.wav" in line]) == 1
 
@@ -1106,6 +1258,26 @@ def test_computing_again_saves_memory_and_changes_nothing(run_train, sounds):
             model.llm.model.layers[0].mlp(x)
         sizes.append(sum(saved))
     assert sizes[1] < sizes[0] / 2
+
+
+def test_feed_forward_parts_are_compiled_on_request_alone(run_train, sounds, refuses, base,
+                                                          monkeypatch):
+    compiled, plain = [], losses(run_train()[2])
+    monkeypatch.setattr(torch, "compile", lambda f, **k: compiled.append(f.__self__) or f)
+    assert losses(run_train()[2]) == plain and not compiled
+    model = audio_llm("lal")
+    names = list(model.state_dict())
+    train.compile_mlps(model)
+    assert compiled == [block.mlp for block in model.llm.model.layers]
+    assert list(model.state_dict()) == names
+    assert losses(run_train("--compile", "--recompute")[2]) == plain
+
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError("no C++ compiler\n\nset TORCH_LOGS for more")
+
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: no_compiler)
+    refuses(["--compile", "no C++ compiler", "leave it out"], train, "--base", base, "--data",
+            "q.json", "--device", "cpu", "--compile", "--out", "new")
 
 
 def test_epochs_and_tasks_take_the_place_of_steps_and_of_the_stages_own(run_train, sounds,

@@ -6,6 +6,7 @@ import runpy
 import struct
 import subprocess
 import sys
+import threading
 import zipfile
 from argparse import Namespace
 from collections import Counter, defaultdict
@@ -295,6 +296,50 @@ def test_a_file_is_saved_whole_or_not_at_all(tmp_path):
     assert load_checkpoint(path, "x")["a"].tolist() == [1, 1] and list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match="not a checkpoint of the kind 'y'"):
         load_checkpoint(path, "y")
+
+
+def test_a_temporary_file_is_new_and_no_one_elses(tmp_path):
+    """What a user has under a name of ours or that we once used stays, and no link is followed."""
+    path, own = tmp_path / "a.pt", tmp_path / "own"
+    own.write_text("precious")
+    (tmp_path / "a.pt.tmp").write_text("mine")
+    (tmp_path / "a.tmp").symlink_to(own)
+    (tmp_path / ".a.pt.tmp").symlink_to(own)
+    (tmp_path / f".a.pt.{'0' * 16}.tmp").symlink_to(own)  # even if it has a name of ours
+    (tmp_path / f".b.pt.{'0' * 16}.tmp").write_text("another file's")
+    names = []
+
+    def write(content, file):
+        names.extend(os.listdir(tmp_path))
+        file.write(content)
+
+    before = set(os.listdir(tmp_path)) - {f".a.pt.{'0' * 16}.tmp"}
+    save_atomically(path, b"new", write)
+    save_atomically(path, b"newer", write)
+    assert path.read_bytes() == b"newer" and own.read_text() == "precious"
+    assert (tmp_path / "a.pt.tmp").read_text() == "mine"
+    temporary = [name for name in names if name not in before | {"a.pt"}]
+    assert len(set(temporary)) == 2  # a new name each time
+    assert set(os.listdir(tmp_path)) == before | {"a.pt"}
+
+
+def test_the_next_saving_removes_what_killed_processes_left_and_nothing_that_is_written(tmp_path):
+    path, began, go_on = tmp_path / "a.pt", threading.Event(), threading.Event()
+    (tmp_path / f".a.pt.{'0' * 16}.tmp").write_bytes(b"half")  # as one that was killed leaves it
+
+    def write_slowly(content, file):
+        began.set()
+        go_on.wait(60)
+        file.write(content)
+
+    writer = threading.Thread(target=save_atomically, args=(path, b"slow", write_slowly))
+    writer.start()
+    began.wait(60)
+    save_atomically(path, b"fast", lambda content, file: file.write(content))
+    assert path.read_bytes() == b"fast" and len(os.listdir(tmp_path)) == 2  # one is being written
+    go_on.set()
+    writer.join()
+    assert path.read_bytes() == b"slow" and os.listdir(tmp_path) == ["a.pt"]
 
 
 def refuse_allocation(*args):

@@ -1,4 +1,4 @@
-"""Golden values for tests/test_sample.py, from the reference packages, on random sentences.
+"""Golden values for tests/test_scores.py, from the reference packages, on random sentences.
 
     pip install numpy jiwer && pip install --no-deps pycocoevalcap
     python tests/golden/make_scores.py
