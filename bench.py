@@ -118,7 +118,8 @@ def count_pairs(passes, causal):
 
 
 def layer_flops(c, run, written, pairs):
-    """FLOPs of one layer and row: `run` tokens pass through it, `written` leave only k and v."""
+    """FLOPs of one layer and row: `run` tokens pass through it, `written` leave only k and v; each
+    of `pairs` query-key pairs costs 2 Hd in q k^T and 2 Hd where its weight multiplies v."""
     D, Hd, Kd = widths(c)
     return {
         "q, o": run * 2 * D * 2 * Hd,                           # W_Q x, W_O y

@@ -32,8 +32,10 @@ from lib.weights import (as_value_error, build_for, holds_numbers, load_tensors,
 def mel_filters(mels, bins, rate, low, high, scale="slaney"):
     """Mel filters (bins, mels) float32: triangle m rises from corner m to m + 1, falls to m + 2.
 
-    Corners are evenly spaced in mel. Slaney's mel is linear up to 1 kHz, logarithmic above; its
-    triangles have equal areas, those of HTK and Kaldi equal heights, and Kaldi's are linear in mel.
+    Bin k stands for k * rate / (2 (bins - 1)) Hz. Corners are evenly spaced in mel from low to
+    high: log(1 + f / 700) for HTK and Kaldi; for Slaney 3 f / 200 below 1 kHz, and above it
+    15 + 27 log(f / 1000) / log(6.4). HTK's triangles are 1 high and linear in Hz, Kaldi's 1 high
+    and linear in mel; Slaney's, linear in Hz, are 2 / (their width in Hz) high: of equal areas.
     """
     hz = np.linspace(0, rate / 2, bins)
     if scale == "slaney":
@@ -207,6 +209,9 @@ class Whisper(Encoder):
         self.ln_post = nn.LayerNorm(d)
 
     def spectrogram(self, wave):
+        """(B, samples) -> (B, M, F): the wave is padded with zeros or cut to F * 160 samples; x is
+        log10 of its mel power (at least 1e-10) without the last frame, no more than 8 below the
+        clip's largest; the result is (x + 4) / 4."""
         samples = self.frames * 160
         wave = F.pad(wave, (0, samples - wave.shape[1]))  # cuts if that is negative
         x = power_spectrum(wave, self.window, 160)[:, :-1] @ self.filters.to(wave.device)

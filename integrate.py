@@ -197,6 +197,7 @@ def pool(tokens, size):
 
 
 def make_mlp(width, out, hidden=None):
+    """Linear, exact GELU, Linear: (..., width) -> (..., out), `hidden` between (None: as out)."""
     hidden = hidden or out
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
 

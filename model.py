@@ -123,7 +123,9 @@ class KVCache:
     def fork(self, clip_index, capacity):
         """A copy with `capacity` more slots, whose row i continues row clip_index[i] of this one.
 
-        The original stays as it is: hear a clip once, ask many questions.
+        The original stays as it is: hear a clip once, ask many questions. Positions, next_position,
+        no_padding and `extra` go along; what has one row stands for all rows. Keys and values are
+        copied to (rows, S + capacity, K, d); an empty layer stays None.
         """
         index = torch.as_tensor(list(clip_index))
 
@@ -178,9 +180,10 @@ def attention_mask(queries, keys, no_padding, dtype):
 def rotary(positions, config, dtype):
     """cos and sin (1 or B, T, 1, d) of the angles position * theta^(-2i/d), i < d/2, twice.
 
-    The first half of sin is negative, ready for `rotate`. Llama 3 slows down by `factor` the pairs
-    that turned fewer than low_freq_factor times in the context it was first trained on, leaves
-    alone those that turned more than high_freq_factor times, and blends in between.
+    The first half of sin is negative, ready for `rotate`. Llama 3 slows down slow pairs: a
+    frequency w makes context * w / (2 pi) turns in the context it was first trained on. With
+    s = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor), kept within 0 and 1, it
+    becomes w * (s + (1 - s) / factor). Computed in float64 for float64, else in float32.
     """
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     i = torch.arange(0, config.head_dim, 2, dtype=exact, device=positions.device)
@@ -442,7 +445,9 @@ def pad_prompts(prompts, device):
 
 
 def sample_token(logits, temperature, top_p, rng=None):
-    """The next token (B,) from logits (B, V): the likeliest, or drawn (nucleus sampling)."""
+    """The next token (B,) from logits (B, V): the likeliest, or drawn (nucleus sampling): of
+    softmax(logits / temperature) the fewest likeliest tokens stay whose sum reaches top_p, at least
+    one, and one of them is drawn in proportion."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     p, order = torch.softmax(logits.float() / temperature, dim=-1).sort(dim=-1, descending=True)

@@ -267,7 +267,9 @@ class BPETokenizer:
     def merge(self, piece):
         """Ids of a piece in byte characters: merge the pair learnt first, as long as one is known.
 
-        For example "lower" with the merges (l, o), (e, r), (lo, w): lo w e r, lo w er, low er.
+        A pair is merged wherever it stands, from left to right. For example "lower" with the merges
+        (l, o), (e, r), (lo, w): lo w e r, lo w er, low er. With ignore_merges a piece that is a
+        token is that token.
         """
         if self.ignore_merges and piece in self.vocab:
             return [self.vocab[piece]]
