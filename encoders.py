@@ -208,6 +208,15 @@ class Whisper(Encoder):
         self.blocks = nn.Sequential(*(WhisperBlock(d) for _ in range(config.layers)))
         self.ln_post = nn.LayerNorm(d)
 
+    def crop(self, seconds):
+        """Hear no more than so many seconds from now on: a shorter window has fewer tokens, and
+        short clips need less work. The tokens differ a little, as they see less silence."""
+        self.config = replace(self.config, seconds=min(seconds, self.seconds))
+        self.seconds = self.config.seconds
+        self.frames = round(self.seconds * 100)
+        self.grid = (math.ceil(self.frames / 2), 1)
+        self.positional_embedding = self.positional_embedding[:self.grid[0]].clone()
+
     def spectrogram(self, wave):
         """(B, samples) -> (B, M, F): the wave is padded with zeros or cut to F * 160 samples; x is
         log10 of its mel power (at least 1e-10) without the last frame, no more than 8 below the

@@ -173,6 +173,7 @@ class IntegrationConfig:
     lal_layers: str = "all"    # the layers that LAL writes, see parse_layers
     audio_rope: str = "on"     # off: LAL's keys have no positions
     flamingo_every: int = 1    # flamingo: one gated layer for so many of the LLM's
+    whisper_seconds: int = 30  # no more of a clip: short clips then cost less, see Whisper.crop
 
 
 def parse_layers(text, count):
@@ -382,6 +383,8 @@ class AudioLLM(nn.Module):
         self.llm, self.tokenizer = llm, tokenizer
         self.mode, self.config = mode, config
         self.encoders = nn.ModuleDict({k: encoders[k] for k in ENCODERS if k in encoders})
+        if "whisper" in self.encoders:
+            self.encoders["whisper"].crop(config.whisper_seconds)
         # seconds of a clip that the encoders hear: of files no more needs to be read
         self.window = max((encoder.seconds for encoder in self.encoders.values()), default=0.0)
         self.routes = mode_routes(mode, self.encoders)
@@ -530,6 +533,8 @@ class AudioLLM(nn.Module):
                 check_values(about, {"pool_size": 1, "frozen": True})
                 if kind not in encoders:
                     encoders[kind] = ENCODERS[kind](config)
+                if kind == "whisper":  # its file has the whole window
+                    encoders[kind].crop(config.seconds)
                 if encoders[kind].config != config:
                     raise ValueError(f"{path}: was trained with another {kind}: {config}")
                 encoders[kind].pool_size = about["pool_size"]

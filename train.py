@@ -43,7 +43,6 @@ from lib.processes import (catch_stop_signals, join_processes, leave_processes, 
 from lib.weights import find_file, load_checkpoint, save_atomically
 from sample import answer_all, warn_length_mismatch
 
-PRECISION = "auto"     # of matrix products: bfloat16, float32, or auto: bfloat16 on cuda alone
 VALIDATION_CLIPS = 30  # of the listening world, for the line at the end of a stage
 LOG_EVERY = 10         # steps between two lines of metrics.jsonl
 STEP_FILES = 2         # how many of the newest step-*.pt stay
@@ -86,8 +85,6 @@ def curriculum(o):
             rates.pop("llm", None)
         if steps is not None:
             stage = replace(stage, steps=steps, epochs=0)
-        if o.epochs and steps != 0:
-            stage = replace(stage, epochs=o.epochs)
         stages.append(replace(
             stage, rates=rates, batch=o.batch or stage.batch,
             tasks=tuple(o.tasks.split(",")) if o.tasks else stage.tasks,
@@ -99,7 +96,9 @@ def select_items(stage, items):
     """The items that a stage learns from, as arrays: indices, sizes, and clips (None: unknown)."""
     clips = None
     if isinstance(items, QuestionList):
-        tasks, numbers, sizes = list(items.tasks), items.task_numbers, np.asarray(items.sizes)
+        tasks, numbers = list(items.tasks), items.task_numbers
+        # a token is some four bytes of text, or in most encoders a tenth of a second
+        sizes = np.asarray(items.sizes) / 4 + 10 * np.minimum(items.seconds, 30)
     else:
         tasks, numbers = np.unique([item["task"] for item in items], return_inverse=True)
         sizes = np.array([len(item["ids"]) for item in items])
@@ -216,7 +215,8 @@ def load_features(model, split, o):
     files = [find_file(o.base), *(module.__file__ for module in code), *split.clips]
     files += [encoder.checkpoint_path for encoder in model.encoders.values()]
     files = [Path(file).stat() for file in files if isinstance(file, (str, Path))]
-    key = split.fingerprint, model.pool_sizes, [(f.st_size, f.st_mtime_ns) for f in files]
+    configs = [encoder.config for encoder in model.encoders.values()]
+    key = split.fingerprint, configs, model.pool_sizes, [(f.st_size, f.st_mtime_ns) for f in files]
     path = Path(o.feature_cache) / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pt"
     if path.is_file():
         saved = load_checkpoint(path, "features 1")["features"]  # None: could not be read
@@ -261,13 +261,13 @@ def add_feature_noise(features, scale, step):
     return noisy or features
 
 
-def compute_gradients(model, features, parts, stage, step, signals=()):
+def compute_gradients(model, features, parts, stage, step, signals=(), precision="auto"):
     """Leave the gradient of one batch, clipped to norm 1, in the parameters.
 
     features: {clip: {kind: (n, De)}}, None to encode. parts: this process's Microbatches. step: of
     all. Returns the loss, the norm before clipping, and whether any process has received `signals`.
     """
-    half = PRECISION == "bfloat16" or PRECISION == "auto" and model.device.type == "cuda"
+    half = precision == "bfloat16" or precision == "auto" and model.device.type == "cuda"
     model.zero_grad()
     loss = 0.0
     for part in filter(lambda part: part.items, parts):
@@ -320,7 +320,7 @@ def train(model, plan, train_data, val_data, o, file, start):
                     group["lr"] = group["peak"] * cosine_schedule(i, steps)
                 began = time.perf_counter()
                 loss, norm, stopping = compute_gradients(
-                    model, train_data.features, parts, stage, step, signals)
+                    model, train_data.features, parts, stage, step, signals, o.precision)
                 if not math.isfinite(loss + norm):  # before weights and files are spoilt
                     raise ValueError(f"stage {stage.name}, step {i + 1}: the loss is {loss:.3g} "
                                      f"and its gradient {norm:.3g}; try a lower --lr")
@@ -502,12 +502,14 @@ def evaluate(model, features, items, train_items):
         # a set: a data set that is called "all" must not be counted twice
         for key in {(item["domain"], item["task"]), (item["domain"], "all"), ("all", "all")}:
             rows.setdefault(key, []).append([x[i] == item["output"] for x in answers.values()])
-    print(f"\n{'domain':<10}{'task':<16}{'questions':>10}" + "".join(f"{x:>12}" for x in answers))
+    width = max(len(domain) for domain, _ in rows) + 2
+    print(f"\n{'domain':<{width}}{'task':<16}{'questions':>10}"
+          + "".join(f"{x:>12}" for x in answers))
     scores = {}
     for (domain, task), right in sorted(rows.items()):
         shares = np.mean(right, axis=0).tolist()
         scores[f"{domain} {task}"] = {"questions": len(right), **dict(zip(answers, shares))}
-        print(f"{domain:<10}{task:<16}{len(right):>10}" + "".join(f"{x:>12.1%}" for x in shares))
+        print(f"{domain:<{width}}{task:<16}{len(right):>10}" + "".join(f"{x:>12.1%}" for x in shares))
     print_examples(items, answers["model"])
     return scores
 
@@ -562,7 +564,6 @@ class Options:
     steps1: int = option(None, "steps of stage 1, connectors on classification; else its own")
     steps2: int = option(None, "steps of stage 2, connectors and LLM on closed questions")
     steps3: int = option(None, "steps of stage 3, connectors and LLM on all questions")
-    epochs: float = option(0.0, "passes over a stage's questions, instead of steps")
     lr: float = option(0.0, "peak rate of the LLM, the connectors' in proportion; 0: the stage's")
     feature_noise: float = option(None, "in standard deviations; else 0.3, or with --llm 0")
     tasks: str = option(None, "tasks to learn, with commas between, or all; else the stage's own")
@@ -577,6 +578,9 @@ class Options:
     feature_cache: str = option(None, "folder where features are kept for later runs")
     workers: int = option(0, "processes that read and prepare data ahead", high=256)
     device: str = option("auto", "cpu, cuda, mps or auto")
+    precision: str = option("auto", "of matrix products; auto: bfloat16 on cuda, else float32; a CPU "
+                                    "that has bfloat16 is twice as fast by it",
+                            choices=("auto", "float32", "bfloat16"))
 
 
 def make_config(o):
@@ -608,7 +612,7 @@ def main(o):
     plan = plan_stages(train_data.items, o)
     Path(o.out).mkdir(parents=True, exist_ok=True)
     start = load_start(model, o, train_data.fingerprint)
-    device = pick_device(device, PRECISION)
+    device = pick_device(device, o.precision)
     model.to(device)
     if o.recompute:
         wrap_mlps(model)

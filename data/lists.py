@@ -35,16 +35,16 @@ class QuestionList:
 
     All items are checked at once, and the headers of their clips. Those with a mistake are an
     error, or, with skip_bad, named and left out. In memory stay, for each item, where its line
-    begins, the line's length and checksum, and a number for its task: 20 bytes. audio_root: the
-    folder that audio_id is relative to (None: the list's). fingerprint changes when the list does,
-    not when a clip does. Raises ValueError, one line, that names the item.
+    begins, the line's length and checksum, its clip's seconds and a number for its task: 24 bytes.
+    audio_root: the folder that audio_id is relative to (None: the list's). fingerprint changes when
+    the list does, not when a clip does. Raises ValueError, one line, that names the item.
     """
 
     def __init__(self, path, audio_root=None, skip_bad=False):
         self.path = path
         self.root = Path(audio_root or Path(path).parent)
         self.starts, self.sizes, self.task_numbers = array("q"), array("i"), array("i")
-        self.checksums = array("I")
+        self.checksums, self.seconds = array("I"), array("f")
         self.tasks = {}  # task: its number
         self.jsonl, unit, first = as_json_lines(path)
         if self.jsonl != path:
@@ -74,7 +74,7 @@ class QuestionList:
                     continue
                 try:
                     item = self.parse_item(line)
-                    check_clip(item["clip"])
+                    seconds = check_clip(item["clip"])
                 except ValueError as error:
                     count += 1
                     problems += [f"{self.path}: {unit} {n}: {error}"][:count <= MAX_MESSAGES]
@@ -82,6 +82,7 @@ class QuestionList:
                 self.starts.append(start)
                 self.sizes.append(len(line))
                 self.checksums.append(zlib.crc32(line))
+                self.seconds.append(seconds)
                 self.task_numbers.append(self.tasks.setdefault(item["task"], len(self.tasks)))
         self.fingerprint = f"{len(self) + count} items, checksum {checksum:08x}"
         return count, problems

@@ -252,7 +252,8 @@ def make_part(name, o):
         part = pretrain_clap(o.encoder_steps // 8, replace(o, encoder_clips=clips))
     else:  # SSLAM has by far the most to learn
         part = pretrain_encoder(name, o.encoder_steps * (3 if name == "sslam" else 1), o)
-    return {key: p.half().numpy() for key, p in part.state_dict().items()}, extra
+    config = {} if name == "llm" else {"config": asdict(part.config)}
+    return {key: p.half().numpy() for key, p in part.state_dict().items()}, extra | config
 
 
 def pretrain(o):
@@ -272,7 +273,8 @@ def pretrain(o):
              for name in ("llm", *ENCODERS) if name in parts}
     extra = parts["llm"][1]
     extra["tokenizer"] = bytes_to_tensor(extra["tokenizer"])
-    save_atomically(o.base, {"format": BASE_FORMAT, "state": state} | extra)
+    sizes = {name: parts[name][1]["config"] for name in state if name != "llm"}
+    save_atomically(o.base, {"format": BASE_FORMAT, "state": state, "encoders": sizes} | extra)
     print(f"wrote {o.base}, {Path(o.base).stat().st_size / 1e6:.1f} MB")
 
 
@@ -302,7 +304,9 @@ def load_base(path, mode, config=IntegrationConfig(), encoders="all", llm=None):
     saved = load_checkpoint(path, BASE_FORMAT)
     try:
         parts = {"llm": LLM(LLMConfig(**saved["llm_config"]))}
-        parts |= {kind: make_encoder(kind) for kind in saved["state"] if kind != "llm"}
+        sizes = saved.get("encoders", {})  # files of earlier versions have the usual ones
+        parts |= {kind: ENCODERS[kind](ENCODERS[kind].Config(**sizes[kind])) if kind in sizes
+                  else make_encoder(kind) for kind in saved["state"] if kind != "llm"}
         for name, part in parts.items():
             part.load_state_dict(saved["state"][name])
         tokenizer = tokenizer_from_bytes(tensor_to_bytes(saved["tokenizer"]))

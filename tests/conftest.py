@@ -4,6 +4,7 @@ import io
 import os
 import re
 import sys
+from dataclasses import dataclass, replace
 from functools import partialmethod
 
 import pytest
@@ -11,17 +12,35 @@ import torch
 from exercise_texts import EXERCISES
 
 from data import pretrain
+from encoders import CLAP, SSLAM, SSLAMConfig, Whisper, WhisperConfig
 from integrate import AudioLLM
 from lib.cli import command_line
+from model import LLMConfig
 
 torch.set_num_threads(1)  # sums of this size end sooner where no thread waits for another
 
 
+@dataclass(frozen=True)
+class ShallowLLMConfig(LLMConfig):
+    num_hidden_layers: int = 3
+
+
+SHALLOW = {Whisper: WhisperConfig(width=128, layers=1, seconds=4.0),
+           SSLAM: SSLAMConfig(width=128, layers=1, seconds=4.0),
+           CLAP: replace(CLAP.sizes["mini"], depths=(1, 2, 1))}
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """The path of a file like assets/base.pt, made the way it was made, but in no time."""
+    """The path of a file like assets/base.pt, made the way it was made, but in no time; it has
+    fewer layers, most of which a test would spend its time on."""
     path = tmp_path_factory.mktemp("base") / "base.pt"
-    pretrain.pretrain(pretrain.Options(str(path), llm_steps=1, encoder_clips=2, encoder_steps=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "LLMConfig", ShallowLLMConfig)
+        for encoder, config in SHALLOW.items():
+            patch.setitem(encoder.sizes, "mini", config)
+        pretrain.pretrain(pretrain.Options(str(path), llm_steps=1, encoder_clips=2,
+                                           encoder_steps=1))
     return path
 
 

@@ -171,12 +171,13 @@ def test_the_likeliest_choice_is_that_of_each_choice_alone(checkpoint, batch):
     clip_index, tokenizer = [1, 0, 0, 1], model.tokenizer
     want = []
     for row, question, own in zip(clip_index, questions, choices):
-        loss = []
+        loss, heard = [], model.hear([features[row]])
         for choice in own:
             prompt, reply = tokenizer.chat(question)[1], tokenizer.reply(choice)
             ids = torch.tensor([prompt + reply])
             with torch.no_grad():
-                logits = model.llm(ids, cache=model.hear([features[row]]))[0, len(prompt) - 1:-1]
+                cache = heard.fork([0], ids.shape[1])
+                logits = model.llm(ids, cache=cache)[0, len(prompt) - 1:-1]
             p = logits.log_softmax(dim=-1).gather(1, ids[0, len(prompt):, None])
             loss.append(-p.sum().item())
         want.append(own[int(np.argmin(loss))] if own else None)
