@@ -41,7 +41,6 @@ import train
 from data.lists import add_token_ids
 from data.pretrain import load_base
 from data.world import load_world
-from encoders import make_encoder
 from integrate import hear, pal
 from lib.cli import command_line, option, pick_device
 from lib.profiling import (attention_kernels, available_memory, count_flops, count_saved_bytes,
@@ -61,7 +60,12 @@ MAX_AUDIO_TOKENS = 1 << 16  # where the search for a break-even ends
 PAPER_GAINS = {"memory": 0.641, "speed": 2.475}  # of LAL over PLITS: share saved, share faster
 PAPER_CLAIMS = {"speed": "up to 3.475", "train": "up to 64.1", "infer": "up to 83"}
 PREFIX_SHARES = {"plits": 1.0, "lal": 0.0, "pal": 0.5}  # of the audio tokens; PAL's is --share
-ENCODERS = {"whisper": "small", "sslam": "base", "clap": "tiny"}  # public sizes, for --encoders
+SUMMARY_TOKENS = 16  # of pal-summary, which run before all of the audio tokens are written
+MODES = (*PREFIX_SHARES, "pal-summary")
+# Of --fits: questions of the paper's three stages, and whether the LLM is frozen; a GPU's speed
+RECIPE = ((2 * 1.2e6, True), (1.92e6, False), (5.68e6, False))
+GPU_FLOPS, UTILISATION = 312e12, 0.4  # an A100's in bfloat16, and what is reached of it
+MAX_MICRO_BATCH = 4096
 
 
 # ----------------------------------------------------------------------------------- arithmetic
@@ -99,10 +103,12 @@ class Workload:
 
 def make_workload(c, mode, B, Na, Nt, share=None, layers=None):
     """The Workload of a mode. share: of PAL's audio tokens, how much runs (None: one half)."""
+    layers = tuple(range(c.num_hidden_layers) if layers is None else layers)
+    if mode == "pal-summary":
+        return Workload(B, SUMMARY_TOKENS, Na, Nt, layers)
     share = share if mode == "pal" and share is not None else PREFIX_SHARES[mode]
     prefix = round(share * Na)
-    layers = range(c.num_hidden_layers) if layers is None else layers
-    return Workload(B, prefix, Na - prefix, Nt, tuple(layers))
+    return Workload(B, prefix, Na - prefix, Nt, layers)
 
 
 def widths(c):
@@ -329,13 +335,9 @@ def measure_training(llm, w, o, device):
     """Seconds of a step, and the columns of the training table that are of memory."""
     ids, *audio = random_inputs(llm, w)
     loss = partial(text_loss, llm, w, ids, *audio)
-    plits = replace(w, prefix=w.prefix + w.side, side=0)
-    peak, plits_peak = (memory(llm.config, x, **number_format(o))["+ gradients"]
-                        for x in (w, plits))
     columns = {"attention": "+".join(attention_kernels(loss)),
                "saved MB predicted": predict_saved_bytes(o, w) / 1e6,
-               "saved MB": count_saved_bytes(loss, [*llm.parameters(), ids]) / 1e6,
-               "peak MB predicted": peak / 1e6, "less % predicted": 100 * (1 - peak / plits_peak)}
+               "saved MB": count_saved_bytes(loss, [*llm.parameters(), ids]) / 1e6}
     step = partial(train_step, llm, w, ids, *audio)
     return {"columns": columns, "seconds": time_in_turns({"step": step}, device, o.rounds)}
 
@@ -357,19 +359,6 @@ def measure_inference(llm, w, o, device):
                "2nd question %": 100 * answering / (hearing + answering),
                "cache MB": cache_bytes(c, w, number_format(o)["size"], NEW_TOKENS) / 1e6}
     return {"columns": columns, "seconds": seconds}
-
-
-def measure_encoders(o):
-    """Seconds a clip of each encoder at a public size, the same in every mode."""
-    device, dtype = torch.device(o.device), getattr(torch, o.dtype)
-    seconds = {}
-    for kind, size in ENCODERS.items():
-        encoder = make_encoder(kind, size).eval().requires_grad_(False).to(device)
-        wave = torch.randn(2, int(encoder.seconds * encoder.rate), device=device)
-        with torch.inference_mode(), torch.autocast(device.type, dtype, dtype != torch.float32):
-            runs = time_in_turns({kind: lambda: encoder(encoder.front_end(wave))}, device, o.rounds)
-        seconds[kind] = statistics.median(runs[kind]) / len(wave)
-    return seconds
 
 
 def make_llm(o, phase="train"):
@@ -431,14 +420,11 @@ def measure_rows(o, phase, mode, rows, bar):
 def sweep(o, rows):
     """Every mode at every (Na, Nt), measured and beside the prediction."""
     measured = {"train": [], "infer": []}
-    encoders = measure_encoders(o) if o.encoders else {}
-    with tqdm(total=2 * len(PREFIX_SHARES) * len(rows), desc="sweep", leave=False) as bar:
-        for phase, mode in product(measured, PREFIX_SHARES):
+    with tqdm(total=2 * len(MODES) * len(rows), desc="sweep", leave=False) as bar:
+        for phase, mode in product(measured, MODES):
             measured[phase] += measure_rows(o, phase, mode, rows, bar)
-    encoding = sum(encoders.values()) or None
-    return {"encoders": encoders, "measured": measured,
-            "training": report(o, "train", measured["train"], encoding),
-            "inference": report(o, "infer", measured["infer"], encoding)}
+    return {"measured": measured, "training": report(o, "train", measured["train"]),
+            "inference": report(o, "infer", measured["infer"])}
 
 
 def hf_reference_step(llm, ids, audio):
@@ -467,7 +453,7 @@ def compare_in_turns(o, Na, Nt):
     """Training steps of every mode, and transformers', in turns in one process; each one's best."""
     llm = make_llm(o)
     steps, flops = {}, {}
-    for mode in PREFIX_SHARES:
+    for mode in MODES:
         w = workload(o, mode, "train", Na, Nt)
         ids, *audio = random_inputs(llm, w)
         flops[mode] = train_flops(LLMS[o.llm], w)
@@ -485,9 +471,8 @@ def compare_in_turns(o, Na, Nt):
 
 # --------------------------------------------------------------------------------------- report
 
-def report(o, phase, measured, encoding):
-    """The lines of a table: prediction, measurement and the paper's claim, side by side.
-    encoding: seconds that the encoders take for a clip, or None."""
+def report(o, phase, measured):
+    """The lines of a table: prediction, measurement and the paper's claim, side by side."""
     c = LLMS[o.llm]
     cost = train_flops if phase == "train" else partial(answer_flops, new=NEW_TOKENS)
     baselines = {(row["Na"], row["Nt"]): row for row in measured if row["mode"] == "plits"}
@@ -505,11 +490,11 @@ def report(o, phase, measured, encoding):
         seconds, plits_seconds = total_seconds(row), total_seconds(baselines[Na, Nt])
         peak, plits_peak = row["peak"], baselines[Na, Nt].get("peak")
         line |= {"samples/s": w.B / seconds,
-                 "with encoders": encoding and w.B / (seconds + w.B * encoding),
                  "x predicted": cost(c, plits) / cost(c, w),
                  "x causal": cost(c, plits, causal=True) / causal,
                  "x measured": plits_seconds and plits_seconds / seconds,
                  "x paper": claims.get("speed"), **row["columns"], "peak MB": peak and peak / 1e6,
+                 **(predict_peak(o, w, plits) if phase == "train" else {}),
                  "less %": 100 * (1 - peak / plits_peak) if peak and plits_peak else None,
                  "less % paper": claims.get(phase),
                  "utilisation %": 100 * causal / seconds / row["rate"]}
@@ -532,10 +517,37 @@ def predict_saved_bytes(o, w):
     return saved_activation_bytes(c, w, **number_format(o)) + 4 * w.B * w.text * c.vocab_size
 
 
+def predict_peak(o, w, plits):
+    """Columns of the training table: the most memory of a step, and how much less than PLITS'."""
+    peak, plits_peak = (memory(LLMS[o.llm], x, **number_format(o))["+ gradients"]
+                        for x in (w, plits))
+    return {"peak MB predicted": peak / 1e6, "less % predicted": 100 * (1 - peak / plits_peak)}
+
+
+def fit(o, Na, Nt):
+    """For each mode the largest micro-batch that train.py could run on a GPU with o.fits GB, and
+    the hours of the paper's training there, of the LLM's matrix products alone."""
+    c, rows = LLMS[o.llm], []
+    # weights, gradients and Adam's two numbers in float32, and autocast's copy in bfloat16
+    fixed = (4 + 4 + 8 + 2) * count_parameters(c)
+    for mode in MODES:
+        def needed(B, mode=mode):
+            w = make_workload(c, mode, B, Na, Nt, o.share)
+            return fixed + memory(c, w, 2)["+ logits, softmax"]
+
+        batch = bisect.bisect_right(range(1, 1 + MAX_MICRO_BATCH), 1e9 * o.fits, key=needed)
+        w = make_workload(c, mode, 1, Na, Nt, o.share)
+        flops = sum(n * train_flops(c, w, frozen, causal=True) for n, frozen in RECIPE)
+        rows.append({"mode": mode, "largest micro-batch": batch, "GB without a clip": fixed / 1e9,
+                     "GB a clip": (needed(2) - needed(1)) / 1e9,
+                     "hours": flops / (UTILISATION * GPU_FLOPS) / 3600})
+    return rows
+
+
 def arithmetic(o, Na, Nt):
     """What needs no machine: costs part by part, limits, and what the paper may have counted."""
     c, costs, accounting = LLMS[o.llm], [], []
-    for mode in PREFIX_SHARES:
+    for mode in MODES:
         w = workload(o, mode, "train", Na, Nt)
         parts = {name: flops / 1e9 for name, flops in forward_flops(c, w).items()}
         costs.append({"mode": mode, **parts, "forward": sum(parts.values()),
@@ -552,7 +564,7 @@ def arithmetic(o, Na, Nt):
 
 
 def draw_picture(o, measured, Na, Nt):
-    """Memory and speed against Na, and the FLOPs of one layer, as bench-LLM.png in o.out."""
+    """Memory and speed against Na, as bench-LLM.png in o.out."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator
@@ -560,14 +572,13 @@ def draw_picture(o, measured, Na, Nt):
         return print("no picture: it needs pip install matplotlib", file=sys.stderr)
     c = LLMS[o.llm]
     rate = max((row["rate"] for row in measured if "rate" in row), default=1e12)
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     figure.suptitle(f"{o.llm}, {o.dtype}, batch {o.batch}; lines predicted, dots measured")
-    saved_axis, speed_axis, layer_axis = figure.subplots(1, 3)
+    saved_axis, speed_axis = figure.subplots(1, 2)
     saved_axis.set_title("MB saved for backward")
     speed_axis.set_title(f"training steps, samples/s\n(lines: at {rate / 1e9:.3g} GFLOP/s)")
-    layer_axis.set_title(f"GFLOPs of one layer, forward, Na {Na}")
     sizes = sorted({max(1, Na * i // 100) for i in range(101)})
-    for mode, color in zip(PREFIX_SHARES, ("tab:red", "tab:blue", "tab:purple")):
+    for mode, color in zip(MODES, ("tab:red", "tab:blue", "tab:purple", "tab:green")):
         line = [workload(o, mode, "train", size, Nt) for size in sizes]
         dots = [r for r in measured if (r["mode"], r["Nt"]) == (mode, Nt) and "rate" in r]
         measured_sizes = [row["Na"] for row in dots]
@@ -577,18 +588,12 @@ def draw_picture(o, measured, Na, Nt):
         speed_axis.plot(sizes, speed, color=color, label=mode.upper())
         speed = [o.batch / total_seconds(row) for row in dots]
         speed_axis.plot(measured_sizes, speed, "o", color=color)
-        bottom, parts = 0, forward_flops(c, line[-1])
-        for i, part in enumerate(layer_flops(c, 1, 0, 1)):
-            height = parts[part] / c.num_hidden_layers / 1e9
-            layer_axis.bar(mode.upper(), height, bottom=bottom, color=f"C{i}")
-            bottom += height
     for axis in (saved_axis, speed_axis):
         axis.set(xlabel=f"audio tokens Na (Nt {Nt})", yscale="log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
     speed_axis.legend()
-    layer_axis.legend(list(layer_flops(c, 1, 0, 1)))
     Path(o.out).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(o.out) / f"bench-{o.llm}.png", dpi=140)
 
@@ -600,8 +605,16 @@ ARMS = {  # train.py's options
     "ffn": {"mode": "ffn"}, "flamingo": {"mode": "flamingo"},
     "lal-upper": {"lal_layers": "2:"}, "lal-no-rope": {"config": "audio_rope=off"},
     "lal-qformer": {"connector": "qformer"}, "lal-lfst": {"connector": "lfst"},
-    "lal-ffn-frozen": {"freeze": "ffn"},
+    "lal-ffn-frozen": {"freeze": "ffn"}, "lal-lora": {"freeze": "lora"},
+    "lal-llm-frozen": {"freeze": "llm"}, "plits-llm-frozen": {"freeze": "llm", "mode": "plits"},
+    "hybrid": {"mode": "hybrid"}, "residual": {"mode": "residual"},
+    "pal-summary": {"mode": "pal-summary"},
 }
+# Every other table of routes, named by its letters: plp is Whisper PLITS, SSLAM LAL, CLAP PLITS
+ARMS |= {"".join(letters): {"routes": ",".join(
+             f"{kind}={'plits' if letter == 'p' else 'lal'}"
+             for kind, letter in zip(("whisper", "sslam", "clap"), letters))}
+         for letters in product("pl", repeat=3) if "".join(letters) not in ("ppp", "lll", "pll")}
 QUESTIONS = 16  # in a training step
 CLIPS = {"clips": 2000, "test_clips": 200}
 
@@ -673,7 +686,7 @@ def mean_and_deviation(values):
 def make_arm(options):
     """The AudioLLM of an arm, new, with the parameters that stage 3 trains."""
     torch.manual_seed(options.seed)
-    model = load_base(options.base, options.mode, train.make_config(options))
+    model = load_base(options.base, options.routes or options.mode, train.make_config(options))
     train.make_optimizer(model, train.curriculum(options)[-1].rates, options.freeze)
     return model.train()
 
@@ -706,7 +719,8 @@ class Options:
                                    "at the last Na and Nt", choices=["sweep", "turns", "nothing"])
     rounds: int = option(5, "runs that count, after one that does not", low=1)
     hf_reference: bool = option(False, "with --measure turns: transformers' PLITS step too")
-    encoders: bool = option(False, "the encoders' time too: whisper small, sslam, clap tiny")
+    fits: float = option(0.0, "instead: the largest micro-batch of each mode in so many GB of GPU "
+                              "memory, and the hours of the paper's training, by arithmetic")
     memory: float = option(0.0, "GB that a process may have (0: all there is)")
     device: str = option("auto", "cpu, cuda, mps or auto")
     dtype: str = option("auto", "of training (auto: bfloat16 on cuda, then float16 for inference; "
@@ -745,7 +759,7 @@ def resolve_options(o):
     o = replace(o, device=str(device), dtype=dtype, memory=o.memory or available_memory(device),
                 batch=o.batch or (SMALL_BATCH if small else BATCH_SIZES["train"]))
     needed = count_parameters(LLMS[o.llm]) * getattr(torch, dtype).itemsize / 1e9
-    if needed > o.memory and o.measure != "nothing":
+    if needed > o.memory and o.measure != "nothing" and not o.fits:
         raise ValueError(f"--llm {o.llm}: its weights alone take {needed:.2g} GB of {dtype}, and "
                          f"there are {o.memory:.2g} GB on {device}")
     return o, rows
@@ -756,6 +770,10 @@ def main(o):
         return quality(o)
     o, rows = resolve_options(o)
     Na, Nt = rows[-1]
+    if o.fits:
+        rows = fit(o, Na, Nt)
+        print_table(f"{o.llm} on a GPU of {o.fits:g} GB, Na {Na}, Nt {Nt}", rows)
+        return print(json.dumps({"settings": asdict(o), "fits": rows}))
     result = {"settings": asdict(o), "machine": describe_machine(o.device), **arithmetic(o, Na, Nt)}
     print(f"{o.llm}, {o.dtype}, training batch {o.batch}, inference batch "
           f"{workload(o, 'lal', 'infer', Na, Nt).B}; PAL runs {o.share:.0%} of its audio tokens "

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from encoders import ENCODERS, load_encoder
+from lib.lora import add_lora
 from lib.tokenizers import tokenizer_from_bytes
 from lib.weights import (as_value_error, build_for, bytes_to_tensor, check_values,
                          load_checkpoint, load_weights, save_atomically, tensor_to_bytes)
@@ -151,7 +152,14 @@ MODES = {"plits": None, "lal": None, "pal": None}
 
 
 def mode_routes(mode, encoders):
-    """{kind: route} of these encoders {kind: module} in a mode. ValueError for an unknown mode."""
+    """{kind: route} of these encoders {kind: module} in a mode, which may itself be such a table:
+    "whisper=plits,sslam=lal,clap=lal". ValueError for an unknown mode or a table of others."""
+    if "=" in mode:
+        routes = dict(entry.split("=", 1) for entry in mode.split(",") if "=" in entry)
+        if set(routes) != set(encoders) or not set(routes.values()) <= {"plits", "lal"}:
+            raise ValueError(f"routes {mode}: expected plits or lal for each of "
+                             f"{', '.join(encoders)}, like {next(iter(encoders), 'clap')}=lal")
+        return routes
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
     if mode == "pal":
@@ -174,6 +182,8 @@ class IntegrationConfig:
     audio_rope: str = "on"     # off: LAL's keys have no positions
     flamingo_every: int = 1    # flamingo: one gated layer for so many of the LLM's
     whisper_seconds: int = 30  # no more of a clip: short clips then cost less, see Whisper.crop
+    summary_tokens: int = 8    # pal-summary: of each connector
+    lora_rank: int = 0         # above 0: low-rank updates of the LLM's q_proj and v_proj
 
 
 def parse_layers(text, count):
@@ -382,6 +392,8 @@ class AudioLLM(nn.Module):
         super().__init__()
         self.llm, self.tokenizer = llm, tokenizer
         self.mode, self.config = mode, config
+        if config.lora_rank:
+            add_lora(llm, config.lora_rank)
         self.encoders = nn.ModuleDict({k: encoders[k] for k in ENCODERS if k in encoders})
         if "whisper" in self.encoders:
             self.encoders["whisper"].crop(config.whisper_seconds)
@@ -396,13 +408,18 @@ class AudioLLM(nn.Module):
         # a joint connector reads the encoders' tokens one by one
         self.pool_sizes = {kind: 1 if connector.joint else encoders[kind].pool_size
                            for connector, kinds in plan.values() for kind in kinds}
+        for kinds in self.connector_inputs.values():
+            if len({self.routes[kind] for kind in kinds}) > 1:
+                raise ValueError(f"{' and '.join(kinds)} share a connector: give them one route")
         layers = parse_layers(config.lal_layers, llm.config.num_hidden_layers)
+        if config.audio_rope not in ("on", "off"):
+            raise ValueError(f"audio_rope {config.audio_rope}: expected on or off")
         rotate_keys = config.audio_rope == "on"
+        self.write = partial(hear, layers=layers, rotate_keys=rotate_keys)
+        if MODES.get(mode):
+            MODES[mode](self)
         if (layers or not rotate_keys) and "lal" not in self.routes.values():
             raise ValueError(f"lal-layers, audio_rope: in mode {mode} nothing goes LAL's way")
-        self.write = partial(hear, layers=layers, rotate_keys=rotate_keys)
-        if MODES[mode]:
-            MODES[mode](self)
         for encoder in self.encoders.values():
             encoder.requires_grad_(not encoder.frozen)
         self.train(self.training)
@@ -522,7 +539,11 @@ class AudioLLM(nn.Module):
         with guard():
             files = {kind: str((checkpoint_paths or {}).get(kind, about["checkpoint_path"]))
                      for kind, about in saved["encoders"].items() if about["checkpoint_path"]}
-        encoders = {kind: load_encoder(kind, files[kind]) for kind in files if kind in ENCODERS}
+        try:
+            encoders = {kind: load_encoder(kind, files[kind]) for kind in files if kind in ENCODERS}
+        except ValueError as error:
+            raise ValueError(f"{error}; {path} needs this file: --encoders says where it "
+                             "lies now") from None
         with guard(), build_for(saved["state"]):
             for kind, about in saved["encoders"].items():
                 config = ENCODERS[kind].Config(**about["config"])

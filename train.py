@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data.world
@@ -46,6 +45,7 @@ from sample import answer_all, warn_length_mismatch
 VALIDATION_CLIPS = 30  # of the listening world, for the line at the end of a stage
 LOG_EVERY = 10         # steps between two lines of metrics.jsonl
 STEP_FILES = 2         # how many of the newest step-*.pt stay
+LORA_RANK = 8          # of --freeze lora
 ENCODER_RATE = 0.1     # learning rate of encoders that are trained, relative to the LLM's
 
 
@@ -286,13 +286,13 @@ def compute_gradients(model, features, parts, stage, step, signals=(), precision
 
 def is_trained(name, rates, freeze):
     """Whether a stage with these rates trains the parameter of this name."""
-    frozen = freeze == "ffn" and name.startswith("llm.") and ".mlp." in name
-    return name.split(".")[0] in rates and not frozen
+    never = {"ffn": ".mlp." in name, "lora": "lora_" not in name}.get(freeze, False)
+    return name.split(".")[0] in rates and not (never and name.startswith("llm."))
 
 
 def make_optimizer(model, rates, freeze="none"):
     """AdamW for the parts in `rates` {part: peak learning rate}; all other parts are frozen, and
-    with freeze "ffn" the LLM's feed-forward weights too."""
+    what `freeze`, as in Options, says of the LLM's."""
     groups = {}
     for name, p in model.named_parameters():
         p.requires_grad_(is_trained(name, rates, freeze))
@@ -392,13 +392,6 @@ def compile_mlps(model):
         raise ValueError(f"--compile does not work here ({reason}); leave it out") from None
 
 
-def wrap_mlps(model):
-    """Make the feed-forward parts, which keep the most for backward, keep nothing but their input.
-    Attention writes a cache, which must not happen twice."""
-    for block in model.llm.model.layers:
-        block.mlp.forward = partial(checkpoint, block.mlp.forward, use_reentrant=False)
-
-
 # ---------------------------------------------------------------------------- logs and checkpoints
 
 def log(file, **line):
@@ -436,7 +429,7 @@ def list_steps(folder):
 
 # The options that may change at --resume, as they alter sums by no more than their rounding, or,
 # --skip-bad, leave out what could not be learnt.
-RESUMABLE_CHANGES = {"resume", "out", "device", "save_every", "micro", "workers", "recompute",
+RESUMABLE_CHANGES = {"resume", "out", "device", "save_every", "micro", "workers",
                      "compile", "keep_features", "feature_cache", "skip_bad"}
 
 
@@ -540,12 +533,14 @@ def print_examples(items, answers):
 @dataclass(frozen=True)
 class Options:
     mode: str = option("lal", "how the audio enters the LLM", choices=tuple(MODES))
+    routes: str = option(None, "instead of a mode, how each encoder's tokens do, like "
+                               "whisper=plits,sslam=lal,clap=lal")
     connector: str = option(None, "auto: lfst for sslam with clap, else mlp; default: mlp for the "
                                   "miniatures, else auto", choices=("auto", *CONNECTORS))
     config: str = option(None, "IntegrationConfig's fields, like queries=16,audio_rope=off")
     lal_layers: str = option("all", "layers that hear, under lal and pal: all, 2: or ::2 or 0,1")
-    freeze: str = option("none", "LLM weights never to train: ffn, or all: llm",
-                         choices=("none", "ffn", "llm"))
+    freeze: str = option("none", "LLM weights never to train: ffn, all (llm), or all but low-rank "
+                                 "updates (lora)", choices=("none", "ffn", "llm", "lora"))
     train_encoders: bool = option(False, "train the encoders too, whenever the LLM is trained")
     data: str = option(None, "your own questions, a JSON list or JSONL; else the listening world")
     val_data: str = option(None, "questions to score on, with --data")
@@ -572,7 +567,6 @@ class Options:
     save_every: int = option(500, "steps between two checkpoints, step-*.pt", low=1)
     resume: bool = option(False, "go on from the newest step-*.pt in --out, with the same options")
     micro: int = option(32, "questions at once: a larger batch is added up, part by part", low=1)
-    recompute: bool = option(False, "save memory: compute feed-forward parts again for backward")
     compile: bool = option(False, "torch.compile the feed-forward parts: faster on a GPU")
     keep_features: bool = option(True, "hear each training clip once, not whenever it is asked for")
     feature_cache: str = option(None, "folder where features are kept for later runs")
@@ -586,7 +580,7 @@ class Options:
 def make_config(o):
     """The IntegrationConfig that the options name."""
     values = {"connector": o.connector or ("auto" if "=" in o.encoders else "mlp"),
-              "lal_layers": o.lal_layers}
+              "lal_layers": o.lal_layers, "lora_rank": LORA_RANK if o.freeze == "lora" else 0}
     switch = "audio_rope"  # whether LAL's audio keys have positions
     names = [f.name for f in fields(IntegrationConfig) if f.name not in {*values, switch}]
     for setting in o.config.split(",") if o.config else ():
@@ -602,6 +596,7 @@ def make_config(o):
 def main(o):
     # where the loss is small, gradients are so small that a CPU would take twice the time for them
     torch.set_flush_denormal(True)
+    o = replace(o, mode=o.routes or o.mode)
     o = replace(o, out=o.out or f"out/{o.mode}")
     device = join_processes(o.device)
     torch.manual_seed(o.seed)
@@ -614,8 +609,6 @@ def main(o):
     start = load_start(model, o, train_data.fingerprint)
     device = pick_device(device, o.precision)
     model.to(device)
-    if o.recompute:
-        wrap_mlps(model)
     if o.compile:
         compile_mlps(model)
     for split in splits:  # some of them may be the same

@@ -138,11 +138,12 @@ def task_measures(task, items, answers):
 
 def print_scores(items, columns):
     """Print each measure by dataset and task. columns: {name: answers to all items}."""
-    print(f"{'dataset':<16}{'task':<16}{'questions':>9}  {'measure':<29}"
-          + "".join(f"{column:<24}" for column in columns))
     rows = {}
     for i, item in enumerate(items):
         rows.setdefault((item["domain"], item["task"]), []).append(i)
+    width = max(len(dataset) for dataset, _ in rows) + 2
+    print(f"{'dataset':<{width}}{'task':<16}{'questions':>9}  {'measure':<29}"
+          + "".join(f"{column:<24}" for column in columns))
     for (dataset, task), index in sorted(rows.items()):
         subset = [items[i] for i in index]
         measures = [task_measures(task, subset, [answers[i] for i in index])
@@ -150,6 +151,6 @@ def print_scores(items, columns):
         for name in measures[0]:
             cells = [bootstrap([str(item["clip"]) for item in subset], *column[name])
                      for column in measures]
-            print(f"{dataset:<16}{task:<16}{len(index):>9}  {name:<29}" + "".join(
+            print(f"{dataset:<{width}}{task:<16}{len(index):>9}  {name:<29}" + "".join(
                 f"{'-' if np.isnan(s) else f'{s:.3f} [{low:.3f}, {high:.3f}]':<24}"
                 for s, low, high in cells))

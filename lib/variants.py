@@ -1,11 +1,17 @@
-"""Modes that the paper does not have, for comparison: attn, ffn and flamingo.
+"""Modes that the paper's version 2 does not have, for comparison.
 
-attn and ffn lie between PLITS and LAL: audio tokens that run only the attention, or only the
-feed-forward part, of every layer. flamingo is gated cross-attention (Alayrac et al. 2022): layers
-of its own, in front of the LLM's, read the audio, which takes no position among the text.
+attn, ffn: audio tokens that run only the attention, or only the feed-forward part, of every layer.
+hybrid: they run every second layer, and are keys and values only in the others.
+residual: LAL's tokens, moved on from layer to layer by a learnt share of what they would say to
+themselves. Its absence is held against LAL in arXiv 2606.20077, which also has the hybrid.
+pal-summary: PAL as the paper's version 3 has it. A few learnt summaries of each connector's tokens
+go the PLITS way, all of the tokens LAL's.
+flamingo: gated cross-attention (Alayrac et al. 2022): layers of its own, in front of the LLM's,
+read the audio, which takes no position among the text.
+
 integrate.py imports this file at its end, so that its MODES holds these too. Try:
 
-    python train.py --mode flamingo
+    python train.py --mode pal-summary
 
 B batch, T text tokens, N audio tokens, L queries, D width, H heads, d head width.
 """
@@ -14,7 +20,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from integrate import MODES, CrossAttentionBlock
+from integrate import MODES, CrossAttentionBlock, Segment, valid_mask
 from model import PAD_POSITION, attention_mask, rotary, rotate
 
 
@@ -28,17 +34,84 @@ def write_attention_only(llm, audio, route, cache, positions=None):
         x = x + block.self_attn(block.input_layernorm(x), angles, mask, cache, i)
 
 
+def write_layer(block, x, angles, cache, i):
+    """Write the keys and values of tokens (B, N, D) at layer i; returns the values (B, N, K, d)."""
+    attention, normalized = block.self_attn, block.input_layernorm(x)
+    k = attention.split_heads(attention.k_proj(normalized))  # (B, N, K, d)
+    v = attention.split_heads(attention.v_proj(normalized))
+    cache.append(i, rotate(k, angles), v)
+    return v
+
+
 def write_feed_forward_only(llm, audio, route, cache, positions=None):
     """Run audio tokens (B, N, D) through the feed-forward part of every layer, without attention;
     each layer's keys and values are those of what the layers before it made."""
     angles = rotary(cache.extend(audio, positions), llm.config, audio.dtype)
     x = audio
     for i, block in enumerate(llm.model.layers):
-        attention, normalized = block.self_attn, block.input_layernorm(x)
-        k = attention.split_heads(attention.k_proj(normalized))  # (B, N, K, d)
-        v = attention.split_heads(attention.v_proj(normalized))
-        cache.append(i, rotate(k, angles), v)
+        write_layer(block, x, angles, cache, i)
         x = x + block.mlp(block.post_attention_layernorm(x))
+
+
+def write_hybrid(llm, audio, route, cache, positions=None):
+    """Run audio tokens (B, N, D) through layers 0, 2, 4 and so on; write them in the others."""
+    positions = cache.extend(audio, positions)
+    angles = rotary(positions, llm.config, audio.dtype)
+    mask = attention_mask(positions, cache.positions[0], cache.no_padding, audio.dtype)
+    x = audio
+    for i, block in enumerate(llm.model.layers):
+        if i % 2:
+            write_layer(block, x, angles, cache, i)
+        else:
+            x = block(x, angles, mask, cache, i)
+
+
+def write_residual(shares, llm, audio, route, cache, positions=None):
+    """Write audio tokens (B, N, D), which move on from layer to layer: x + tanh(share) W_O v, as if
+    each token attended to itself alone. shares (layers,) are learnt, from 0 on, which is LAL."""
+    angles = rotary(cache.extend(audio, positions), llm.config, audio.dtype)
+    x = audio
+    for i, (block, share) in enumerate(zip(llm.model.layers, shares.tanh())):
+        v = write_layer(block, x, angles, cache, i)
+        groups = llm.config.num_attention_heads // v.shape[2]
+        x = x + share * block.self_attn.o_proj(v.repeat_interleave(groups, dim=2).flatten(2))
+
+
+def add_residual(model):
+    shares = nn.ParameterList([torch.zeros(model.llm.config.num_hidden_layers)])
+    model.connectors["residual"] = shares
+    model.write = lambda *args, **kwargs: write_residual(shares[0], *args, **kwargs)
+
+
+class Summary(nn.Module):
+    """Learnt pooling: each of `count` queries q_l averages the audio tokens a_n (B, N, D) with
+    weights softmax_n(q_l a_n / sqrt(D)) -> (B, L, D)."""
+
+    def __init__(self, count, width):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(count, width) / width ** 0.5)
+
+    def forward(self, audio, lengths):
+        scores = self.queries @ audio.mT / audio.shape[-1] ** 0.5  # (B, L, N)
+        scores = scores.masked_fill(~valid_mask(audio, lengths)[:, None], -torch.inf)
+        return scores.softmax(dim=-1) @ audio
+
+
+def add_summaries(model):
+    """Let an AudioLLM hear summaries of its connectors' tokens the PLITS way, then all of the
+    tokens LAL's way. Summaries come first, so that they see nothing of the audio's keys."""
+    kinds, width = list(model.connectors), model.llm.config.hidden_size
+    model.connectors["summaries"] = nn.ModuleList(
+        Summary(model.config.summary_tokens, width) for _ in kinds)
+    model.routes = dict.fromkeys(model.routes, "lal")
+    model.segments = partial(segments_with_summaries, model, model.segments)
+
+
+def segments_with_summaries(model, segments, features):
+    start, *audio = segments(features)
+    summaries = [Segment("plits", summary(segment.tokens, segment.lengths))
+                 for summary, segment in zip(model.connectors["summaries"], audio)]
+    return [start, *summaries, *audio]
 
 
 class GatedCrossAttention(CrossAttentionBlock):
@@ -91,4 +164,7 @@ def read_audio(gated_layer, n, block, arguments):
 
 MODES["attn"] = lambda model: setattr(model, "write", write_attention_only)
 MODES["ffn"] = lambda model: setattr(model, "write", write_feed_forward_only)
+MODES["hybrid"] = lambda model: setattr(model, "write", write_hybrid)
+MODES["residual"] = add_residual
+MODES["pal-summary"] = add_summaries
 MODES["flamingo"] = add_flamingo

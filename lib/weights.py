@@ -210,12 +210,12 @@ def holds_numbers(tensor):
 
 def check_values(values, examples, times=math.inf):
     """ValueError unless each value has the type of the example of its name, None allows any, and a
-    number is above 0, at most so many times its example, and at most 2^31."""
+    number is the example, or above 0, at most so many times its size, and at most 2^31."""
     for name, example in examples.items():
         value, kind = values[name], type(example)
         value = float(value) if kind is float and type(value) is int else value
-        limit = min(times * example, 1 << 31) if kind in (int, float) else None
-        fits = type(value) is kind and (limit is None or 0 < value <= limit)
+        limit = min(times * (example or 1), 1 << 31) if kind in (int, float) else None
+        fits = type(value) is kind and (limit is None or 0 < value <= limit or value == example)
         if example is not None and not fits:
             bounds = f" above 0 and up to {limit}" if limit else ""
             raise ValueError(f"{name} is {value!r}: expected {kind.__name__}{bounds}, "

@@ -32,7 +32,7 @@ def random_workload(seed, **fixed):
     layers = sorted(rng.sample(range(L), rng.randint(1, L)))
     layers = None if rng.random() < 0.5 else layers
     sizes = {"B": rng.randint(1, 3), "Na": rng.randint(4, 40), "Nt": rng.randint(2, 20)}
-    mode = rng.choice(list(bench.PREFIX_SHARES))
+    mode = rng.choice(bench.MODES)
     return c, make_workload(c, mode, share=rng.random(), layers=layers, **{**sizes, **fixed})
 
 
@@ -167,7 +167,7 @@ def test_parameters_are_counted(c):
             bench.count_parameters(bench.LLMS["llama-3.2-1b"])) == 1235814400
 
 
-@pytest.mark.parametrize("mode", list(bench.PREFIX_SHARES))
+@pytest.mark.parametrize("mode", bench.MODES)
 def test_the_attention_kernel_is_named(mode):
     w = make_workload(SMALL, mode, 1, 6, 4)
     llm, inputs = make_llm(SMALL, w)
@@ -226,7 +226,7 @@ def test_the_last_line_of_a_report_is_all_of_it_as_json(call, tiny):
     assert code == 0
     result = json.loads(stdout.splitlines()[-1])
     assert {"settings", "machine", "costs", "limits", "accounting", "in turns"} <= set(result)
-    assert [row["step"] for row in result["in turns"]] == ["plits", "lal", "pal"]
+    assert [row["step"] for row in result["in turns"]] == list(bench.MODES)
     assert all(row["best s"] > 0 for row in result["in turns"])
     c, w = SMALL, make_workload(SMALL, "pal", 2, 8, 3)
     pal = result["costs"][2]
@@ -247,8 +247,23 @@ def test_a_sweep_has_a_line_for_each_mode_and_a_picture(call, tiny, monkeypatch,
     assert code == 0 and (tmp_path / "out" / "bench-small.png").stat().st_size > 10_000
     for table in ("training", "inference"):
         assert [(line["mode"], line["Na"]) for line in result[table]] == [
-            (mode, Na) for mode in ("plits", "lal", "pal") for Na in (4, 8)]
+            (mode, Na) for mode in bench.MODES for Na in (4, 8)]
         assert all(0 < line["utilisation %"] for line in result[table])
+
+
+def test_what_fits_is_the_most_that_fits(call, tiny):
+    def rows(gigabytes):
+        code, stdout, _ = call(bench, "--fits", gigabytes, "--na", 64, "--nt", 3)
+        assert code == 0
+        return json.loads(stdout.splitlines()[-1])["fits"]
+
+    for row in rows(0.01):
+        batch, fixed, clip = list(row.values())[1:4]
+        assert fixed + batch * clip <= 0.01 * (1 + 1e-3) and fixed + (batch + 2) * clip > 0.01
+    plits, lal, pal, summary = rows(0.01)
+    assert plits["largest micro-batch"] < pal["largest micro-batch"] < lal["largest micro-batch"]
+    assert plits["hours"] > summary["hours"] > lal["hours"]
+    assert {row["largest micro-batch"] for row in rows(1e-6)} == {0}
 
 
 def test_columns_of_a_table_are_aligned_and_may_be_missing_in_a_row(capsys):
@@ -286,7 +301,7 @@ def test_inference_is_measured_in_parts(tiny, capsys):
     rows = [{"mode": mode, "Na": 4, "Nt": 3, "rate": 1e9, "peak": peak,
              **bench.measure_inference(llm, bench.workload(o, mode, "infer", 4, 3), o, device)}
             for mode, peak in (("plits", 400), ("lal", 100), ("pal", None))]
-    lines = bench.report(o, "infer", rows, None)
+    lines = bench.report(o, "infer", rows)
     assert all(0 < line["2nd question %"] < 100 and line["samples/s"] > 0 for line in lines)
     assert [line["less %"] for line in lines] == [0, 75, None]
 
@@ -299,11 +314,10 @@ def test_rows_of_a_process_stand_beside_their_prediction_and_one_may_be_too_larg
     assert [(r["mode"], r["Na"], r["Nt"]) for r in measured] == [("plits", *row) for row in rows]
     assert measured[0]["error"] == "out of memory"
     relabelled = [{**r, "mode": "lal"} for r in measured]
-    too_large, line = bench.report(o, "train", measured + relabelled, 0.5)[-2:]
+    too_large, line = bench.report(o, "train", measured + relabelled)[-2:]
     assert too_large["samples/s"] == "out of memory"
     assert line["saved MB predicted"] == pytest.approx(line["saved MB"], rel=0.001)
     assert line["x measured"] == 1 and line["x paper"] == "up to 3.475"
-    assert line["with encoders"] == pytest.approx(1 / (1 / line["samples/s"] + 0.5))
 
 
 def kill_this_process(*row):
@@ -341,7 +355,7 @@ def test_the_reference_computes_the_same(tiny, capsys):
     options = bench.Options(na="8", nt="3", rounds=1, hf_reference=True)
     o, rows = bench.resolve_options(options)
     assert [row["step"] for row in bench.compare_in_turns(o, *rows[-1])] == [
-        "plits", "transformers", "lal", "pal"]
+        "plits", "transformers", "lal", "pal", "pal-summary"]
     w = make_workload(SMALL, "plits", 2, 8, 3)
     llm, (ids, audio, _) = make_llm(SMALL, w)
     gradients = []
@@ -417,6 +431,6 @@ def test_shares_of_a_task_are_of_the_questions_in_all_domains():
 def test_every_arm_of_the_comparison_can_be_made_and_counted(arm, base):
     options = bench.arm_options(bench.Options(base=str(base), steps=0), arm, 0)
     model = bench.make_arm(options)
-    assert model.mode == options.mode
+    assert model.mode == (options.routes or options.mode)
     features = [{kind: torch.randn(2 * e.grid[1], e.width) for kind, e in model.encoders.items()}]
     assert model(features, torch.tensor([[5, 6, 7]])).isfinite().all()
