@@ -381,6 +381,25 @@ def nearest_parts(cells, count, share, valid):
 CHECKPOINT_FORMAT = "audio-llm 2"
 
 
+def restore_encoder(kind, about, encoder=None):
+    """The encoder that a checkpoint tells of, as AudioLLM.save writes it; without weights, unless
+    `encoder` comes with those of its own file. ValueError if that is not the same one."""
+    config = ENCODERS[kind].Config(**about["config"])
+    # its tables of filters and positions take memory: no size far above the public ones
+    largest = {name: max(getattr(size, name) for size in ENCODERS[kind].sizes.values())
+               for name in vars(config)}
+    check_values(vars(config), largest, times=4)
+    check_values(about, {"pool_size": 1, "frozen": True})
+    encoder = encoder or ENCODERS[kind](config)
+    if kind == "whisper":  # its file has the whole window
+        encoder.crop(config.seconds)
+    if encoder.config != config:
+        raise ValueError(f"that was trained with another {kind}: {config}")
+    for name in ("pool_size", "frozen", "checkpoint_path"):
+        setattr(encoder, name, about[name])
+    return encoder
+
+
 class AudioLLM(nn.Module):
     """Encoders, their connectors, the LLM, and a route for each encoder.
 
@@ -435,7 +454,10 @@ class AudioLLM(nn.Module):
         return self.llm.model.embed_tokens.weight.device
 
     def is_external(self, name):
-        """Whether this parameter's values are, and stay, those of an encoder's own file."""
+        """Whether this parameter's values are, and stay, those of a file of the encoder's or of the
+        LLM's own."""
+        if name.startswith("llm."):
+            return bool(self.llm.checkpoint_path) and self.llm.frozen and "lora_" not in name
         return any(e.checkpoint_path and e.frozen and name.startswith(f"encoders.{kind}.")
                    for kind, e in self.encoders.items())
 
@@ -517,7 +539,7 @@ class AudioLLM(nn.Module):
     def save(self, path, **extra):
         """Write everything to one file, tensors and plain types only; `extra` is kept beside it.
 
-        Of a frozen encoder that came from a file of its own only that file's path is kept.
+        Of a frozen encoder or LLM that came from files of its own only their path is kept.
         """
         state = {name: t for name, t in self.state_dict().items() if not self.is_external(name)}
         encoders = {kind: {"config": asdict(e.config), "pool_size": e.pool_size,
@@ -526,43 +548,40 @@ class AudioLLM(nn.Module):
         save_atomically(path, {
             "format": CHECKPOINT_FORMAT, "mode": self.mode, "config": asdict(self.config),
             "llm": asdict(self.llm.config), "tokenizer": bytes_to_tensor(self.tokenizer.serialized),
+            "llm_path": self.llm.checkpoint_path if self.llm.frozen else None,
             "encoders": encoders, "state": state, **extra})
 
     @classmethod
     def load(cls, path, checkpoint_paths=None):
         """The AudioLLM that `save` wrote, in eval mode. ValueError, one line, if it is not one.
 
-        checkpoint_paths: {kind: path} of encoders' own files that have moved since.
+        checkpoint_paths: {kind or "llm": path} of files that have moved since.
         """
-        saved = load_checkpoint(path, CHECKPOINT_FORMAT)
+        saved, paths = load_checkpoint(path, CHECKPOINT_FORMAT), checkpoint_paths or {}
         guard = partial(as_value_error, path, "AudioLLM of this code", "use the code that wrote it")
         with guard():
-            files = {kind: str((checkpoint_paths or {}).get(kind, about["checkpoint_path"]))
-                     for kind, about in saved["encoders"].items() if about["checkpoint_path"]}
-        try:
-            encoders = {kind: load_encoder(kind, files[kind]) for kind in files if kind in ENCODERS}
-        except ValueError as error:
-            raise ValueError(f"{error}; {path} needs this file: --encoders says where it "
-                             "lies now") from None
+            files = {kind: about["checkpoint_path"] for kind, about in saved["encoders"].items()
+                     if about["checkpoint_path"] and about["frozen"] and kind in ENCODERS}
+            if saved.get("llm_path"):
+                files["llm"] = saved["llm_path"]
+            parts = {kind: str(paths.get(kind, file)) for kind, file in files.items()}
+        for kind, file in parts.items():
+            try:
+                parts[kind] = (LLM.from_pretrained(file) if kind == "llm"
+                               else load_encoder(kind, file))
+            except ValueError as error:
+                raise ValueError(f"{error}; {path} needs this file: --encoders {kind}=PATH says "
+                                 "where it lies now") from None
         with guard(), build_for(saved["state"]):
-            for kind, about in saved["encoders"].items():
-                config = ENCODERS[kind].Config(**about["config"])
-                # its tables of filters and positions take memory: no size far above the public ones
-                largest = {name: max(getattr(size, name) for size in ENCODERS[kind].sizes.values())
-                           for name in vars(config)}
-                check_values(vars(config), largest, times=4)
-                check_values(about, {"pool_size": 1, "frozen": True})
-                if kind not in encoders:
-                    encoders[kind] = ENCODERS[kind](config)
-                if kind == "whisper":  # its file has the whole window
-                    encoders[kind].crop(config.seconds)
-                if encoders[kind].config != config:
-                    raise ValueError(f"{path}: was trained with another {kind}: {config}")
-                encoders[kind].pool_size = about["pool_size"]
-                encoders[kind].frozen = about["frozen"]
-            llm = LLM(LLMConfig(**saved["llm"]))
+            encoders = {kind: restore_encoder(kind, about, parts.get(kind))
+                        for kind, about in saved["encoders"].items()}
+            llm = parts.get("llm") or LLM(LLMConfig(**saved["llm"]))
+            if asdict(llm.config) != saved["llm"]:
+                raise ValueError(f"that was trained with another LLM: {saved['llm']}")
+            llm.frozen = "llm" in parts
             tokenizer = tokenizer_from_bytes(tensor_to_bytes(saved["tokenizer"]))
-            tokens, width = saved["state"]["llm.model.embed_tokens.weight"].shape
+            name = "llm.model.embed_tokens.weight"
+            tokens, width = saved["state"].get(name, llm.model.embed_tokens.weight).shape
             check_values({"tokens": tokenizer.vocab_size, "hidden_size": llm.config.hidden_size},
                          {"tokens": tokens, "hidden_size": width}, times=1)
             config = IntegrationConfig(**saved["config"])

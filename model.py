@@ -320,6 +320,8 @@ class Decoder(nn.Module):
 
 class LLM(nn.Module):
     """A decoder LLM: `llm(ids)` gives logits, `llm.generate(ids, n)` gives new ids."""
+    checkpoint_path = None  # the folder that the weights came from
+    frozen = False          # never trained: a checkpoint need not copy them
 
     def __init__(self, config):
         super().__init__()
@@ -363,6 +365,7 @@ class LLM(nn.Module):
             with build_for(tensors):
                 llm = cls(config)
         load_weights(llm, tensors, folder, dtype, device)
+        llm.checkpoint_path = str(folder)
         return llm.eval()
 
     def embed(self, ids):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data.lists import (MAX_CHARACTERS, QuestionList, drop_unreadable, record_seconds,
                         wrong_clips)
 from data.pretrain import parse_encoders
-from encoders import mel_filters, power_spectrum
+from encoders import ENCODERS, mel_filters, power_spectrum
 from integrate import LFST, AudioLLM, MLPConnector, Segment, pad_batch, prefill
 from lib.audio import check_audio, load_audio
 from lib.cli import command_line, option, pick_device
@@ -120,8 +120,8 @@ def score_list(model, o):
     questions = QuestionList(o.data, o.audio_root, o.skip_bad)
     clips, seconds = record_seconds(questions.clips(model.window))
     inputs = o.data, *(e.checkpoint_path or o.ckpt for e in model.encoders.values()), o.ckpt, *clips
-    if o.out and Path(o.out).exists() and (
-            not Path(o.out).is_file() or any(map(Path(o.out).samefile, inputs))):
+    if o.out and Path(o.out).exists() and (not Path(o.out).is_file() or any(
+            Path(o.out).samefile(path) for path in inputs if Path(path).exists())):
         raise ValueError(f"--out {o.out}: is a folder, a device, or read here; name a new file")
     items = drop_unreadable(questions, clips) if o.skip_bad else list(questions)
     add_label_choices(items)
@@ -256,7 +256,7 @@ class Options:
     batch: int = option(32, "with --data: clips heard, and questions asked, at a time", low=1)
     llm: str = option(None, "folder of a real LLM to talk to, instead of a checkpoint's")
     ckpt: str = option(None, "checkpoint of train.py; else the newest under out/, or assets/lal.pt")
-    encoders: str = option(None, "where its encoders lie now: whisper=tiny.en.pt,sslam=sslam.pt")
+    encoders: str = option(None, "where files that it names lie now: whisper=tiny.en.pt,llm=SmolLM2")
     max_new_tokens: int = option(48, "longest answer", low=1, high=4096)
     temperature: float = option(0.0, "0 takes the likeliest token, above 0 samples", high=100)
     top_p: float = option(1.0, "sample among the likeliest tokens of this probability", 0.001, 1)
@@ -289,8 +289,8 @@ def newest_checkpoint():
 
 
 def load_model(path, encoders=None):
-    """The AudioLLM of a checkpoint. encoders: where its encoders' own files lie now, as text."""
-    paths = parse_encoders(encoders) if encoders else {}
+    """The AudioLLM of a checkpoint. encoders: where files that it names lie now, as text."""
+    paths = parse_encoders(encoders, kinds=(*ENCODERS, "llm")) if encoders else {}
     if not all(paths.values()):
         raise ValueError(f"--encoders {encoders}: name a file for each, like whisper=tiny.en.pt")
     model = AudioLLM.load(path, paths)

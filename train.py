@@ -603,6 +603,7 @@ def main(o):
     model = load_base(o.base, o.mode, make_config(o), o.encoders, o.llm)
     for encoder in model.encoders.values():
         encoder.frozen = not o.train_encoders
+    model.llm.frozen = o.freeze in ("llm", "lora")
     train_data, val_data, test_data = splits = load_data(o, model.tokenizer, model.window)
     plan = plan_stages(train_data.items, o)
     Path(o.out).mkdir(parents=True, exist_ok=True)

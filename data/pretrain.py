@@ -30,7 +30,8 @@ from integrate import AudioLLM, IntegrationConfig, Segment, prefill
 from lib.cli import command_line, option
 from lib.optim import cosine_schedule, pad_rows
 from lib.tokenizers import load_tokenizer, tokenizer_from_bytes, train_tokenizer
-from lib.weights import bytes_to_tensor, load_checkpoint, save_atomically, tensor_to_bytes
+from lib.weights import (as_value_error, bytes_to_tensor, load_checkpoint, save_atomically,
+                         tensor_to_bytes)
 from model import LLM, KVCache, LLMConfig
 
 BASE_FORMAT = "prepared parts 1"
@@ -278,7 +279,7 @@ def pretrain(o):
     print(f"wrote {o.base}, {Path(o.base).stat().st_size / 1e6:.1f} MB")
 
 
-def parse_encoders(text, miniatures=tuple(ENCODERS)):
+def parse_encoders(text, miniatures=tuple(ENCODERS), kinds=tuple(ENCODERS)):
     """{kind: path or None} of "all", "whisper,sslam" or "whisper=tiny.en.pt,sslam=sslam.pt".
 
     None stands for the miniature. ValueError for what is neither a miniature nor has a path.
@@ -288,7 +289,7 @@ def parse_encoders(text, miniatures=tuple(ENCODERS)):
     paths = {}
     for entry in text.split(","):
         kind, equals, path = entry.partition("=")
-        if kind not in (ENCODERS if path else miniatures) or equals and not path:
+        if kind not in (kinds if path else miniatures) or equals and not path:
             raise ValueError(f"--encoders {text}: {entry!r} is not one of {', '.join(miniatures)}, "
                              "alone or with =PATH")
         paths[kind] = path or None
@@ -302,7 +303,8 @@ def load_base(path, mode, config=IntegrationConfig(), encoders="all", llm=None):
     real LLM, which takes the place of the miniature. ValueError, one line, for what cannot be read.
     """
     saved = load_checkpoint(path, BASE_FORMAT)
-    try:
+    with as_value_error(path, "base of this version of the code",
+                        "make it anew with python -m data.pretrain"):
         parts = {"llm": LLM(LLMConfig(**saved["llm_config"]))}
         sizes = saved.get("encoders", {})  # files of earlier versions have the usual ones
         parts |= {kind: ENCODERS[kind](ENCODERS[kind].Config(**sizes[kind])) if kind in sizes
@@ -310,10 +312,6 @@ def load_base(path, mode, config=IntegrationConfig(), encoders="all", llm=None):
         for name, part in parts.items():
             part.load_state_dict(saved["state"][name])
         tokenizer = tokenizer_from_bytes(tensor_to_bytes(saved["tokenizer"]))
-    except (KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: made by another version of this code; make it anew with "
-                         f"python -m data.pretrain ({reason})") from None
     paths = parse_encoders(encoders, [kind for kind in parts if kind != "llm"])
     selected = {kind: load_encoder(kind, paths[kind]) if paths[kind] else parts[kind]
                 for kind in paths}

@@ -757,7 +757,7 @@ TAMPERED = [  # keys, value, words of the message
     (("config", "lal_layers"), 3, "lal_layers is 3"),
     (("config", "lal_layers"), "7", "lal-layers 7"),
     (("config", "new"), 1, "'new'"),
-    (("encoders", "new"), {"checkpoint_path": "x.pt"}, "no 'new'"),
+    (("encoders", "new"), {"checkpoint_path": "x.pt", "frozen": True}, "no 'new'"),
     (("encoders", "clap"), "del", "missing"),
     (("encoders", "clap", "checkpoint_path"), 3, "3: cannot be read"),
     (("encoders", "clap", "checkpoint_path"), "none.pt", "none.pt: cannot be read"),

@@ -317,6 +317,28 @@ def test_a_real_llm_is_trained_and_asked_in_the_same_chat(tmp_path, call, base, 
     assert call(sample, *options[2:])[0] == 0  # the LLM alone, of the checkpoint
 
 
+@pytest.mark.parametrize("freeze", ["llm", "lora"])
+def test_of_a_frozen_llm_a_checkpoint_keeps_the_path_alone(tmp_path, call, refuses, base, brief,
+                                                           freeze):
+    write_llm(tmp_path / "llm", "smollm2")
+    write_wav("a.wav", 1.0)
+    Path("q.json").write_text(json.dumps([item("a.wav")] * 2))
+    options = ["--llm", "llm", "--base", base, "--device", "cpu", "--data", "q.json", "--steps1",
+               1, "--steps2", 0, "--steps3", 3, "--batch", 2, "--save-every", 2]
+    assert call(train, *options, "--freeze", freeze, "--lr", 0.1)[0] == 0
+    saved = torch.load("out/lal/model.pt", weights_only=True)
+    own = {name for name in saved["state"] if name.startswith("llm.")}
+    assert all("lora_" in name for name in own) and bool(own) == (freeze == "lora")
+    ask = ["--audio", "a.wav", "--prompt", "What is it?", "--ckpt", "out/lal/model.pt"]
+    code, answer, _ = call(sample, *ask)
+    assert code == 0
+    (tmp_path / "llm").rename(tmp_path / "moved")
+    refuses(["llm", "model.pt", "--encoders llm=PATH"], sample, *ask)
+    assert call(sample, *ask, "--encoders", "llm=moved")[:2] == (0, answer)
+    write_llm(tmp_path / "other", "llama3")
+    refuses(["model.pt", "another LLM"], sample, *ask, "--encoders", "llm=other")
+
+
 @pytest.mark.parametrize("program", [sample, train])
 def test_a_bad_folder_is_one_line(tmp_path, refuses, base, program):
     options = ["--base", base] if program is train else []
