@@ -710,7 +710,8 @@ def step_cost(options, device, rounds):
 
 @dataclass(frozen=True)
 class Options:
-    llm: str = option("small", "whose shapes; the weights are random", choices=list(LLMS))
+    llm: str = option("small", "whose shapes; the weights are random", choices=list(LLMS),
+                      group="what is computed and measured")
     na: str = option("auto", "audio tokens, like 64,256 (auto: 64,256 for small; else 64 to 2048)")
     nt: str = option("64", "text tokens, like 16,64")
     batch: int = option(0, "clips in a training step (0: the paper's 8; for small 2)")
@@ -726,7 +727,8 @@ class Options:
     dtype: str = option("auto", "of training (auto: bfloat16 on cuda, then float16 for inference; "
                                 "else float32)", choices=["auto", "float32", "bfloat16", "float16"])
     out: str = option("out", "folder for the picture, which needs matplotlib, and for quality/")
-    quality: bool = option(False, "instead, train and score arms on the listening world")
+    quality: bool = option(False, "instead, train and score arms on the listening world",
+                           group="learning")
     arms: str = option("all", "with --quality: which, like lal,pal: " + ", ".join(ARMS))
     seeds: int = option(3, "with --quality: runs of each arm, seeds 0, 1...", low=1)
     steps: int = option(500, "with --quality: training steps of an arm")

@@ -410,7 +410,7 @@ class AudioLLM(nn.Module):
     def __init__(self, llm, tokenizer, encoders, mode, config=IntegrationConfig()):
         super().__init__()
         self.llm, self.tokenizer = llm, tokenizer
-        self.mode, self.config = mode, config
+        self.mode, self.config, self.options = mode, config, {}
         if config.lora_rank:
             add_lora(llm, config.lora_rank)
         self.encoders = nn.ModuleDict({k: encoders[k] for k in ENCODERS if k in encoders})
@@ -589,6 +589,7 @@ class AudioLLM(nn.Module):
         with guard(), build_for(saved["state"], "cpu"):  # a connector may hold plain tensors too
             model = cls(llm, tokenizer, encoders, saved["mode"], config)
         model.load_checkpoint_state(path, saved)
+        model.options = saved.get("options", {})  # train.py's
         return model.eval()
 
     def load_checkpoint_state(self, path, saved):

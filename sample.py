@@ -246,23 +246,25 @@ def draw_answer(model, features, wave, question, answer, path):
 
 @dataclass(frozen=True)
 class Options:
-    audio: str = option(None, "the sound file to ask about; without it, talk to the LLM alone")
+    audio: str = option(None, "the sound file to ask about; without it, talk to the LLM alone",
+                        group="what to ask")
     prompt: str = option(None, "one question; without it, ask on the terminal")
     data: str = option(None, "a list of questions to answer and score, JSON or JSONL")
     audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
     skip_bad: bool = option(False, "go on without the items of --data that cannot be used")
-    out: str = option(None, "with --data: where to write the answers, as JSON")
-    controls: bool = option(False, "with --data: score it on silence and on a wrong clip too")
-    batch: int = option(32, "with --data: clips heard, and questions asked, at a time", low=1)
+    ckpt: str = option(None, "checkpoint of train.py; else the newest under out/, or assets/lal.pt",
+                       group="model")
+    encoders: str = option(None, "where files it names lie now: whisper=tiny.en.pt,llm=SmolLM2")
     llm: str = option(None, "folder of a real LLM to talk to, instead of a checkpoint's")
-    ckpt: str = option(None, "checkpoint of train.py; else the newest under out/, or assets/lal.pt")
-    encoders: str = option(None, "where files that it names lie now: whisper=tiny.en.pt,llm=SmolLM2")
-    max_new_tokens: int = option(48, "longest answer", low=1, high=4096)
+    device: str = option("auto", "cpu, cuda, mps or auto")
+    max_new_tokens: int = option(48, "longest answer", low=1, high=4096, group="answers")
     temperature: float = option(0.0, "0 takes the likeliest token, above 0 samples", high=100)
     top_p: float = option(1.0, "sample among the likeliest tokens of this probability", 0.001, 1)
     seed: int = option(0, "of the sampling")
+    batch: int = option(32, "with --data: clips heard, and questions asked, at a time", low=1)
+    out: str = option(None, "with --data: where to write the answers, as JSON", group="output")
+    controls: bool = option(False, "with --data: score it on silence and on a wrong clip too")
     listen: str = option(None, "draw where the attention of the answer fell, a .png")
-    device: str = option("auto", "cpu, cuda, mps or auto")
 
 
 def check_options(o):
@@ -286,6 +288,17 @@ def newest_checkpoint():
     """The newest that train.py left under out/, or the one that comes with the code."""
     checkpoints = sorted(Path("out").glob("*/model.pt"), key=lambda p: p.stat().st_mtime)
     return checkpoints[-1] if checkpoints else Path(__file__).parent / "assets" / "lal.pt"
+
+
+def warn_outside_world(model, path):
+    """Say once that a model that was trained on the listening world knows no other sounds, if this
+    clip is not from there."""
+    ours = (Path("out/demo"), Path(__file__).parent / "assets")
+    miniatures = not any(encoder.checkpoint_path for encoder in model.encoders.values())
+    if miniatures and not model.options.get("data") and not any(
+            Path(path).resolve().is_relative_to(folder.resolve()) for folder in ours):
+        print("this model has learnt only the sounds and words of the listening world (README): of "
+              "other recordings expect nonsense; train one with --data", file=sys.stderr)
 
 
 def load_model(path, encoders=None):
@@ -337,6 +350,7 @@ def main(o):
         return score_list(model, o)
     if o.audio:
         warn_length_mismatch(model, [check_audio(o.audio)])
+        warn_outside_world(model, o.audio)
     clip = partial(load_audio, o.audio, seconds=model.window)
     features, = model.features([clip]) if o.audio else [{}]
     tokenizer, cache = model.tokenizer, model.hear([features])

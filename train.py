@@ -502,7 +502,8 @@ def evaluate(model, features, items, train_items):
     for (domain, task), right in sorted(rows.items()):
         shares = np.mean(right, axis=0).tolist()
         scores[f"{domain} {task}"] = {"questions": len(right), **dict(zip(answers, shares))}
-        print(f"{domain:<{width}}{task:<16}{len(right):>10}" + "".join(f"{x:>12.1%}" for x in shares))
+        print(f"{domain:<{width}}{task:<16}{len(right):>10}"
+              + "".join(f"{share:>12.1%}" for share in shares))
     print_examples(items, answers["model"])
     return scores
 
@@ -532,7 +533,7 @@ def print_examples(items, answers):
 
 @dataclass(frozen=True)
 class Options:
-    mode: str = option("lal", "how the audio enters the LLM", choices=tuple(MODES))
+    mode: str = option("lal", "how the audio enters the LLM", choices=tuple(MODES), group="model")
     routes: str = option(None, "instead of a mode, how each encoder's tokens do, like "
                                "whisper=plits,sslam=lal,clap=lal")
     connector: str = option(None, "auto: lfst for sslam with clap, else mlp; default: mlp for the "
@@ -542,39 +543,42 @@ class Options:
     freeze: str = option("none", "LLM weights never to train: ffn, all (llm), or all but low-rank "
                                  "updates (lora)", choices=("none", "ffn", "llm", "lora"))
     train_encoders: bool = option(False, "train the encoders too, whenever the LLM is trained")
-    data: str = option(None, "your own questions, a JSON list or JSONL; else the listening world")
-    val_data: str = option(None, "questions to score on, with --data")
-    audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
-    skip_bad: bool = option(False, "go on without the items of --data that cannot be used")
-    out: str = option(None, "folder of checkpoints and metrics.jsonl; else out/MODE")
-    base: str = option("assets/base.pt", "the miniature encoders and LLM, of data/pretrain.py")
     encoders: str = option("all", "the miniatures to join, like whisper,sslam, or in their stead "
                                   "public checkpoints, like whisper=tiny.en.pt,sslam=sslam.pt")
     llm: str = option(None, "folder of a real LLM, Llama or Qwen2; it replaces the small one")
-    seed: int = option(0, "of the world, the connectors and the order of the questions")
+    base: str = option("assets/base.pt", "the miniature encoders and LLM, of data/pretrain.py")
+    data: str = option(None, "your own questions, a JSON list or JSONL; else the listening world",
+                       group="data")
+    val_data: str = option(None, "questions to score on, with --data")
+    audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
+    skip_bad: bool = option(False, "go on without the items of --data that cannot be used")
     clips: int = option(4500, "training clips of the listening world", low=1)
     test_clips: int = option(240, "test clips of it, with about nine questions each", low=1)
     difficulty: int = option(1, "of the listening world: more events, overlap and noise", high=2)
+    keep_features: bool = option(True, "hear each training clip once, not whenever it is asked for")
+    feature_cache: str = option(None, "folder where features are kept for later runs")
+    workers: int = option(0, "processes that read and prepare data ahead", high=256)
+    seed: int = option(0, "of the world, the connectors and the order of the questions",
+                       group="training")
     batch: int = option(None, "questions a step; else the stage's own, 32 or with --llm 256", low=1)
+    micro: int = option(32, "questions at once: a larger batch is added up, part by part", low=1)
     steps1: int = option(None, "steps of stage 1, connectors on classification; else its own")
     steps2: int = option(None, "steps of stage 2, connectors and LLM on closed questions")
     steps3: int = option(None, "steps of stage 3, connectors and LLM on all questions")
     lr: float = option(0.0, "peak rate of the LLM, the connectors' in proportion; 0: the stage's")
-    feature_noise: float = option(None, "in standard deviations; else 0.3, or with --llm 0")
     tasks: str = option(None, "tasks to learn, with commas between, or all; else the stage's own")
+    feature_noise: float = option(None, "in standard deviations; else 0.3, or with --llm 0")
     stage: str = option("all", "one stage, which starts from the one before, or all of them",
                         choices=("1", "2", "3", "all"))
+    device: str = option("auto", "cpu, cuda, mps or auto")
+    precision: str = option("auto", "of matrix products; auto: bfloat16 on cuda, else float32; a "
+                                    "CPU that has bfloat16 is twice as fast by it",
+                            choices=("auto", "float32", "bfloat16"))
+    compile: bool = option(False, "torch.compile the feed-forward parts: faster on a GPU")
+    out: str = option(None, "folder of checkpoints and metrics.jsonl; else out/MODE",
+                      group="output")
     save_every: int = option(500, "steps between two checkpoints, step-*.pt", low=1)
     resume: bool = option(False, "go on from the newest step-*.pt in --out, with the same options")
-    micro: int = option(32, "questions at once: a larger batch is added up, part by part", low=1)
-    compile: bool = option(False, "torch.compile the feed-forward parts: faster on a GPU")
-    keep_features: bool = option(True, "hear each training clip once, not whenever it is asked for")
-    feature_cache: str = option(None, "folder where features are kept for later runs")
-    workers: int = option(0, "processes that read and prepare data ahead", high=256)
-    device: str = option("auto", "cpu, cuda, mps or auto")
-    precision: str = option("auto", "of matrix products; auto: bfloat16 on cuda, else float32; a CPU "
-                                    "that has bfloat16 is twice as fast by it",
-                            choices=("auto", "float32", "bfloat16"))
 
 
 def make_config(o):
@@ -612,12 +616,15 @@ def main(o):
     model.to(device)
     if o.compile:
         compile_mlps(model)
+    if not o.data and rank_and_size()[0] == 0:
+        data.world.write_demo(test_data.clips, test_data.items)
+        steps = sum(steps for _, steps, _ in plan)
+        print(f"first {o.clips:,} clips are heard, a minute on 2 cores; then come {steps:,} steps, "
+              "by default three minutes; then a table")
     for split in splits:  # some of them may be the same
         keep = not o.train_encoders and (o.keep_features or split is not train_data)
         if keep and split.features is None:
             split.features = load_features(model, split, o)
-    if not o.data and rank_and_size()[0] == 0:
-        data.world.write_demo(test_data.clips, test_data.items)
     with open_metrics(o, start) as file:
         print_parameters(model, [stage for stage, *_ in plan], o.freeze)
         seconds = train(model, plan, train_data, val_data, o, file, start)
@@ -625,6 +632,8 @@ def main(o):
         scores = evaluate(model, features, items, train_data.items)
         print(f"{1000 * seconds:.0f} ms a step, peak memory {peak_memory(device):.0f} MiB; the "
               f"model is {o.out}/model.pt")
+        if not o.data:
+            print("ask it: python sample.py --audio out/demo/0.wav --prompt \"What do you hear?\"")
         log(file, scores=scores, seconds_per_step=seconds, options=asdict(o))
     for path in list_steps(o.out) if rank_and_size()[0] == 0 else ():
         path.unlink()  # finished: nothing to resume

@@ -16,10 +16,21 @@ import torch
 MAX_INT64 = 2 ** 63 - 1  # the largest seed
 
 
-def option(default, help, low=0, high=MAX_INT64, **kwargs):
+def option(default, help, low=0, high=MAX_INT64, group=None, **kwargs):
     """A field of a configuration dataclass that is a command-line option too. Its value, if it is
-    a number, lies within low..high. kwargs: as for argparse's add_argument."""
-    return field(default=default, metadata={"help": help, "range": (low, high), **kwargs})
+    a number, lies within low..high. group: the heading in --help of this and the next options.
+    kwargs: as for argparse's add_argument."""
+    return field(default=default, metadata={"help": help, "range": (low, high), "group": group,
+                                            **kwargs})
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
+                    argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, where there is one to show, and leaves the lines of the text as they are."""
+
+    def _get_help_string(self, action):
+        plain = action.default in (None, False, argparse.SUPPRESS)
+        return action.help if plain else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,16 +43,21 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(config, doc):
     """A Parser with an option for every field of the dataclass; its help opens with the first
-    paragraph of `doc`."""
+    paragraph of `doc` and ends with the commands in it."""
+    examples = "\n".join(line for line in doc.splitlines() if line.startswith("    python "))
     parser = Parser(description=doc.split("\n\n")[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    epilog=f"examples:\n{examples}" if examples else None,
+                    formatter_class=HelpFormatter)
+    group = parser
     for f in fields(config):
-        settings = {key: value for key, value in f.metadata.items() if key != "range"}
+        settings = {key: value for key, value in f.metadata.items()
+                    if key not in ("range", "group")}
+        group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
         if f.type is bool:
             settings["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
         else:
             settings["type"] = f.type
-        parser.add_argument(flag(f.name), default=f.default, **settings)
+        group.add_argument(flag(f.name), default=f.default, **settings)
     return parser
 
 

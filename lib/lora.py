@@ -1,6 +1,6 @@
 """LoRA, low-rank adaptation (Hu et al. 2022): instead of a weight W, learn an update B A of it.
 
-    python train.py --mode lal --freeze lora       # the LLM stays as it is, but for q_proj and v_proj
+    python train.py --mode lal --freeze lora      # of the LLM only updates of q_proj and v_proj
 """
 import torch
 from torch import nn
@@ -13,7 +13,8 @@ class LoRALinear(nn.Module):
     def __init__(self, linear, rank):
         super().__init__()
         self.linear = linear
-        self.lora_a = nn.Parameter(torch.randn(rank, linear.in_features) / linear.in_features ** 0.5)
+        width = linear.in_features
+        self.lora_a = nn.Parameter(torch.randn(rank, width) / width ** 0.5)
         self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank))
 
     def forward(self, x):

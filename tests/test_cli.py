@@ -24,8 +24,17 @@ def test_help_shows_every_option_and_its_default(program, call):
         flag = "--" + f.name.replace("_", "-")
         assert flag in words and "_" not in flag
         assert f.metadata["help"] in words
-        if f.default is not None and f.type is not bool:
+        if f.default not in (None, False):
             assert f"(default: {f.default})" in words.split(f.metadata["help"], 1)[1]
+
+
+def test_help_is_grouped_and_ends_with_the_commands_of_the_docstring(call):
+    _, text, _ = call(train, "--help")
+    places = [text.index(f"\n{group}:\n") for group in ("model", "data", "training", "output")]
+    assert places == sorted(places) and places[1] < text.index("  --val-data ") < places[2]
+    examples = text.split("\nexamples:\n")[1].splitlines()
+    assert examples and all(line in train.__doc__ for line in examples)
+    assert "(default: None)" not in text
 
 
 def test_options_reach_the_program(call):
