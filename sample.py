@@ -33,6 +33,7 @@ from lib.weights import save_atomically
 from model import LLM, position_mask, rotate
 
 RATE = 16000  # samples per second of the spectrogram that --listen draws
+ROWS = 4  # questions and choices, which are short, for each clip that is held in memory
 LISTEN_SECONDS = 60  # how much of a longer recording it draws
 
 
@@ -54,9 +55,10 @@ def answer_all(model, features, questions, batch=256, **sampling):
     """Answers to a list of (clip, text, choices): for each a text, and the likeliest of the choices
     (None if there are none).
 
-    Each clip is heard once, then asked all of its questions. No more than `batch` clips, and then
-    questions or choices, are held at a time. features: a function from a list of clips to their
-    features, as AudioLLM.features gives them. sampling: as for LLM.generate.
+    Each clip is heard once, then asked all of its questions, each of which is read once for its
+    answer and its choices. No more than `batch` clips, and then ROWS times as many questions or
+    choices, are held at a time. features: a function from a list of clips to their features, as
+    AudioLLM.features gives them. sampling: as for LLM.generate.
     """
     model.eval()
     answers, by_clip = {}, {}
@@ -67,29 +69,40 @@ def answer_all(model, features, questions, batch=256, **sampling):
         group = clips[first:first + batch]
         cache = model.hear(features(group))
         rows = [(row, i) for row, clip in enumerate(group) for i in by_clip[clip]]
-        for start in range(0, len(rows), batch):
-            clip_index, index = map(list, zip(*rows[start:start + batch]))
+        for start in range(0, len(rows), ROWS * batch):
+            clip_index, index = map(list, zip(*rows[start:start + ROWS * batch]))
             _, texts, choices = zip(*(questions[i] for i in index))
-            replies = model.ask(cache, texts, clip_index, **sampling)
-            replies = [normalize("NFC", reply) for reply in replies]  # as in QuestionList
-            likeliest = score_choices(model, cache, texts, choices, clip_index, batch)
-            answers |= zip(index, zip(replies, likeliest))
+            answers |= zip(index, ask(model, cache, texts, choices, clip_index, **sampling))
     return [answers[i] for i in range(len(questions))]
 
 
+def ask(model, cache, texts, choices, clip_index, max_new_tokens=48, **sampling):
+    """The answers of `answer_all`, each (text, likeliest choice), to questions about the clips in
+    a cache; question i is about its row clip_index[i]."""
+    prompts = [model.tokenizer.chat(text)[1] for text in texts]
+    asked = read_prompts(model, cache, prompts, clip_index)
+    replies = model.llm.generate([prompt[-1:] for prompt in prompts], max_new_tokens, cache=asked,
+                                 eos_id=model.tokenizer.eos_ids, **sampling)
+    replies = [normalize("NFC", model.tokenizer.decode(ids).strip()) for ids in replies]
+    return zip(replies, score_choices(model, asked, prompts, choices, len(prompts)))
+
+
 @torch.no_grad()
-def score_choices(model, cache, questions, choices, clip_index, batch):
-    """The likeliest choice of each question (None: it has none), as the whole answer: that of the
-    largest sum of log p(token), the end of the answer included. Question i is about clip
-    clip_index[i] of the cache, which stays as it is."""
-    llm, losses = model.llm, [[] for _ in questions]
-    pairs = [(i, model.tokenizer.reply(choice)) for i, own in enumerate(choices) for choice in own]
-    if not pairs:
-        return [None] * len(questions)
-    prompts = [model.tokenizer.chat(question)[1] for question in questions]
+def read_prompts(model, cache, prompts, clip_index):
+    """A fork of the cache that has read each prompt, a list of ids, but for its last one. Prompt i
+    is about row clip_index[i]; what follows it, an answer or a choice, begins with its last id."""
     ids, lengths = pad_batch([torch.tensor(prompt[:-1]) for prompt in prompts], model.device)
-    cache = cache.fork(clip_index, ids.shape[1])  # reads each question once for all its choices
-    prefill(llm, [Segment("plits", llm.embed(ids), lengths)], cache)
+    asked = cache.fork(clip_index, ids.shape[1])
+    prefill(model.llm, [Segment("plits", model.llm.embed(ids), lengths)], asked)
+    return asked
+
+
+@torch.no_grad()
+def score_choices(model, asked, prompts, choices, batch):
+    """The likeliest choice of each question (None: it has none), as the whole answer: that of the
+    largest sum of log p(token), the end of the answer included. asked: see read_prompts."""
+    llm, losses = model.llm, [[] for _ in prompts]
+    pairs = [(i, model.tokenizer.reply(choice)) for i, own in enumerate(choices) for choice in own]
     for start in range(0, len(pairs), batch):
         index, replies = zip(*pairs[start:start + batch])
         rows = [torch.tensor(prompts[i][-1:] + reply[:-1]) for i, reply in zip(index, replies)]
@@ -97,7 +110,7 @@ def score_choices(model, cache, questions, choices, clip_index, batch):
         targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(reply) for reply in replies],
                                                   batch_first=True, padding_value=-100)  # left out
         segment = Segment("plits", llm.embed(ids), lengths)
-        hidden = prefill(llm, [segment], cache.fork(index, ids.shape[1]))  # (B, T, D)
+        hidden = prefill(llm, [segment], asked.fork(index, ids.shape[1]))  # (B, T, D)
         logits = llm.head(hidden).transpose(1, 2)  # (B, V, T)
         loss = F.cross_entropy(logits, targets.to(model.device), reduction="none").sum(dim=1)
         for i, value in zip(index, loss.tolist()):

@@ -187,13 +187,15 @@ def remove_file(path, process):
 
 
 def wrong_clips(domains):
-    """For each clip of {clip: its domain} another one: the next of the same domain, so that it is
-    wrong in nothing but its content. The only clip of a domain gets one of another, if any is."""
+    """For each clip of {clip: its domain} another one of the same domain, so that it is wrong in
+    nothing but its content: half a list away, as neighbours in a sorted list may be the same
+    word. The only clip of a domain gets one of another, if any is."""
     other = {}
     for domain in set(domains.values()):
         clips = [clip for clip in domains if domains[clip] == domain]
         foreign = [clip for clip in domains if domains[clip] != domain][:1]
-        other |= dict(zip(clips, clips[1:] + clips[:1] if len(clips) > 1 else foreign))
+        half = len(clips) // 2
+        other |= dict(zip(clips, clips[half:] + clips[:half] if half else foreign))
     return other
 
 

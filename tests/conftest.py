@@ -5,7 +5,6 @@ import os
 import re
 import sys
 from dataclasses import dataclass, replace
-from functools import partialmethod
 
 import pytest
 import torch
@@ -13,9 +12,8 @@ from exercise_texts import EXERCISES
 
 from data import pretrain
 from encoders import CLAP, SSLAM, SSLAMConfig, Whisper, WhisperConfig
-from integrate import AudioLLM
 from lib.cli import command_line
-from model import LLMConfig
+from model import LLM, LLMConfig
 
 torch.set_num_threads(1)  # sums of this size end sooner where no thread waits for another
 
@@ -56,7 +54,9 @@ def checkpoint(base):
 @pytest.fixture
 def brief(monkeypatch):
     """Answers of at most five tokens: a model that has learnt nothing never stops by itself."""
-    monkeypatch.setattr(AudioLLM, "ask", partialmethod(AudioLLM.ask, max_new_tokens=5))
+    generate = LLM.generate
+    monkeypatch.setattr(LLM, "generate", lambda llm, ids, new, *args, **kwargs: generate(
+        llm, ids, min(new, 5), *args, **kwargs))
 
 
 def program_file(program):

@@ -16,6 +16,7 @@ import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -585,13 +586,17 @@ def test_ex28_what_follows_a_short_clip():
 
 
 def test_ex29_answers_belong_to_their_questions():
-    from sample import answer_all
-    model = SimpleNamespace(llm=None, tokenizer=None, eval=lambda: None, hear=lambda clips: clips,
-                            ask=lambda clips, texts, index: [f"{clips[i]} {text}" for i, text in
-                                                             zip(index, texts)])
+    import sample
+
+    def ask(model, clips, texts, choices, clip_index):
+        return [(f"{clips[i]} {text}", None) for i, text in zip(clip_index, texts)]
+
+    model = SimpleNamespace(eval=lambda: None, hear=lambda clips: clips)
     questions = [(n * 7 % 5, f"question {n}", ()) for n in range(20)]
-    answers = [text for text, _ in answer_all(model, list, questions, batch=3)]
-    right = sum(answer == f"{clip} {text}" for answer, (clip, text, _) in zip(answers, questions))
+    with mock.patch.object(sample, "ask", ask):
+        answers = sample.answer_all(model, list, questions, batch=3)
+    right = sum(answer == f"{clip} {text}"
+                for (answer, _), (clip, text, _) in zip(answers, questions))
     assert right == 20, (f"a model that knows every answer scores {right} of 20 on questions that "
                          "are not sorted by clip")
 

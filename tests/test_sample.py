@@ -17,8 +17,8 @@ from data.pretrain import load_base
 from encoders import load_audio
 from integrate import AudioLLM, IntegrationConfig, pool, prefill
 from model import KVCache
-from sample import (attention_by_source, attention_on_grid, attention_weights, score_choices,
-                    word_groups)
+from sample import (attention_by_source, attention_on_grid, attention_weights, read_prompts,
+                    score_choices, word_groups)
 
 ROOT = Path(__file__).parents[1]
 
@@ -183,7 +183,9 @@ def test_the_likeliest_choice_is_that_of_each_choice_alone(checkpoint, batch):
         want.append(own[int(np.argmin(loss))] if own else None)
     assert want[0] != want[2]  # or it would not matter which clip is asked
     cache = model.hear(features)
-    assert score_choices(model, cache, questions, choices, clip_index, batch) == want
+    prompts = [tokenizer.chat(question)[1] for question in questions]
+    asked = read_prompts(model, cache, prompts, clip_index)
+    assert score_choices(model, asked, prompts, choices, batch) == want
 
 
 def test_a_list_is_answered_written_and_scored(call, checkpoint, sounds, refuses):
