@@ -74,26 +74,21 @@ MAX_MICRO_BATCH = 4096
 class Workload:
     """B rows of audio and text, and what the LLM does with them.
 
-    `prefix` audio tokens run through the LLM, `side` audio tokens are only written into the cache
-    of the layers in `layers`, then `text` tokens run. PLITS has no side, LAL no prefix.
+    `prefix` audio tokens run through the LLM, `side` audio tokens are only written into the cache of
+    each layer, then `text` tokens run. PLITS has no side, LAL no prefix.
     """
     B: int
     prefix: int
     side: int
     text: int
-    layers: tuple
 
-    def layer_groups(self, c, first=0):
-        """(side tokens in a layer, number of such layers) of the layers from `first` on."""
-        hearing = sum(i >= first for i in self.layers)
-        return (self.side, hearing), (0, c.num_hidden_layers - first - hearing)
-
-    def passes(self, side):
-        """(queries, keys) of each run through a layer that holds so many side tokens. Prefix and
-        text are one run, unless something is written between them."""
+    @property
+    def passes(self):
+        """(queries, keys) of each run through a layer. Prefix and text are one run, unless
+        something is written between them."""
         if self.prefix and self.side:
-            return (self.prefix, self.prefix), (self.text, self.prefix + side + self.text)
-        return ((self.prefix + self.text, self.prefix + side + self.text),)
+            return (self.prefix, self.prefix), (self.text, self.prefix + self.side + self.text)
+        return ((self.prefix + self.text, self.prefix + self.side + self.text),)
 
     @property
     def unread(self):
@@ -101,14 +96,13 @@ class Workload:
         return self.prefix if self.side else 0
 
 
-def make_workload(c, mode, B, Na, Nt, share=None, layers=None):
+def make_workload(mode, B, Na, Nt, share=None):
     """The Workload of a mode. share: of PAL's audio tokens, how much runs (None: one half)."""
-    layers = tuple(range(c.num_hidden_layers) if layers is None else layers)
     if mode == "pal-summary":
-        return Workload(B, SUMMARY_TOKENS, Na, Nt, layers)
+        return Workload(B, SUMMARY_TOKENS, Na, Nt)
     share = share if mode == "pal" and share is not None else PREFIX_SHARES[mode]
     prefix = round(share * Na)
-    return Workload(B, prefix, Na - prefix, Nt, layers)
+    return Workload(B, prefix, Na - prefix, Nt)
 
 
 def widths(c):
@@ -137,11 +131,9 @@ def layer_flops(c, run, written, pairs):
 
 def forward_flops(c, w, causal=False):
     """FLOPs of one forward pass with logits at every text token, part by part."""
+    layer = layer_flops(c, w.prefix + w.text, w.side, count_pairs(w.passes, causal))
     parts = {"logits": w.text * 2 * c.hidden_size * c.vocab_size}
-    for side, layers in w.layer_groups(c):
-        pairs = count_pairs(w.passes(side), causal)
-        for name, flops in layer_flops(c, w.prefix + w.text, side, pairs).items():
-            parts[name] = parts.get(name, 0) + layers * flops
+    parts |= {name: c.num_hidden_layers * flops for name, flops in layer.items()}
     return {name: w.B * flops for name, flops in parts.items()}
 
 
@@ -159,18 +151,12 @@ def backward_flops(c, w, frozen=False, causal=False):
         attention = parts.pop("attention")
         return 2 * attention + times * sum(parts.values())
 
-    # audio that is only written changes nothing before the first layer that it is written to
-    first = min(w.layers, default=c.num_hidden_layers) if frozen and not w.prefix else 0
-    if first == c.num_hidden_layers:
-        return 0
     total = times * w.text * 2 * D * c.vocab_size
-    for side, layers in w.layer_groups(c, first):
-        total += layers * gradient_flops(w.prefix + w.text, side, w.passes(side))
+    total += c.num_hidden_layers * gradient_flops(w.prefix + w.text, w.side, w.passes)
     # in the last layer unread tokens have a gradient for k, v (not taken off) and for nothing else
     total -= gradient_flops(w.unread, -w.unread, [(w.unread, w.unread)])
-    if frozen and w.side:  # text enters layer `first` without a gradient: none for its q, k, v
-        last = w.passes(w.side if first in w.layers else 0)[-1:]
-        total -= w.text * 2 * D * (Hd + 2 * Kd) + count_pairs(last, causal) * 2 * Hd
+    if frozen and w.side:  # text enters the first layer without a gradient: none for its q, k, v
+        total -= w.text * 2 * D * (Hd + 2 * Kd) + count_pairs(w.passes[-1:], causal) * 2 * Hd
     return w.B * total
 
 
@@ -188,13 +174,11 @@ def ask_flops(c, w, new, causal=False):
 
     The first new token comes out of the question's own pass; each other one is one more pass.
     """
-    total = new * 2 * c.hidden_size * c.vocab_size  # logits of one token at a time
-    for side, layers in w.layer_groups(c):
-        keys = w.prefix + side + w.text
-        passes = [(w.text, keys)] + [(1, keys + i) for i in range(1, new)]
-        parts = layer_flops(c, w.text + new - 1, 0, count_pairs(passes, causal))
-        total += layers * sum(parts.values())
-    return w.B * total
+    keys = w.prefix + w.side + w.text
+    passes = [(w.text, keys)] + [(1, keys + i) for i in range(1, new)]
+    layer = layer_flops(c, w.text + new - 1, 0, count_pairs(passes, causal))
+    logits = new * 2 * c.hidden_size * c.vocab_size  # of one token at a time
+    return w.B * (logits + c.num_hidden_layers * sum(layer.values()))
 
 
 def answer_flops(c, w, new, causal=False):
@@ -210,7 +194,7 @@ def count_parameters(c):
 
 def cache_bytes(c, w, size, new=0):
     """Bytes of all keys and values, `size` each. Every token leaves them, in every mode."""
-    tokens = sum(layers * (w.prefix + side + w.text + new) for side, layers in w.layer_groups(c))
+    tokens = c.num_hidden_layers * (w.prefix + w.side + w.text + new)
     return 2 * size * w.B * tokens * c.num_key_value_heads * c.head_dim
 
 
@@ -234,14 +218,13 @@ def saved_activation_bytes(c, w, size, fused=True):
     numbers = run * (L * (entry + rest) + norm) + w.text * D  # last norm, the logits' input
     float32 = run * (L * (2 + H) + 1) + w.side   # rms of each norm, log-sum-exp of each head
     shared = 2 * (run + w.side) * c.head_dim     # cos and sin of the positions, for all rows
-    for side, layers in w.layer_groups(c):
-        for queries, keys in w.passes(side):
-            numbers += layers * keys * 2 * Kd    # k, v
-            if not fused and 1 < queries < keys:
-                shared += layers * queries * keys  # the mask
+    for queries, keys in w.passes:
+        numbers += L * keys * 2 * Kd             # k, v
+        if not fused and 1 < queries < keys:
+            shared += L * queries * keys         # the mask
     if w.side:
         numbers += w.side * 2 * D                # the audio and, once for all layers, its norm
-        shared += len(w.layers) * 2 * D * Kd     # W_K, W_V with the gain multiplied in
+        shared += L * 2 * D * Kd                 # W_K, W_V with the gain multiplied in
     # of unread tokens the last layer saves no more than the first norm and its output
     numbers -= w.unread * (rest + 2 * Kd + norm)
     float32 -= w.unread * (2 + H)
@@ -260,8 +243,8 @@ def memory(c, w, size, fused=True):
 
 def plits_over_lal(cost, c, B, Na, Nt):
     """cost(c, workload) of PLITS relative to LAL's."""
-    return (cost(c, make_workload(c, "plits", B, Na, Nt))
-            / cost(c, make_workload(c, "lal", B, Na, Nt)))
+    return (cost(c, make_workload("plits", B, Na, Nt))
+            / cost(c, make_workload("lal", B, Na, Nt)))
 
 
 def limits(c, Nt):
@@ -315,30 +298,30 @@ def cross_entropy(logits, ids):
     return F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
 
 
-def text_loss(llm, w, ids, prefix, side):
-    return cross_entropy(pal(llm, ids, prefix, side, layers=w.layers), ids)
+def text_loss(llm, ids, prefix, side):
+    return cross_entropy(pal(llm, ids, prefix, side), ids)
 
 
-def train_step(llm, w, *inputs):
+def train_step(llm, *inputs):
     llm.zero_grad(set_to_none=True)
-    text_loss(llm, w, *inputs).backward()
+    text_loss(llm, *inputs).backward()
 
 
 @torch.no_grad()
-def write_cache(llm, w, prefix, side):
+def write_cache(llm, prefix, side):
     """Write the audio into a new cache."""
     kv_cache = None if prefix is None else hear(llm, prefix, "plits")
-    return kv_cache if side is None else hear(llm, side, "lal", kv_cache, w.layers)
+    return kv_cache if side is None else hear(llm, side, "lal", kv_cache)
 
 
 def measure_training(llm, w, o, device):
     """Seconds of a step, and the columns of the training table that are of memory."""
     ids, *audio = random_inputs(llm, w)
-    loss = partial(text_loss, llm, w, ids, *audio)
+    loss = partial(text_loss, llm, ids, *audio)
     columns = {"attention": "+".join(attention_kernels(loss)),
                "saved MB predicted": predict_saved_bytes(o, w) / 1e6,
                "saved MB": count_saved_bytes(loss, [*llm.parameters(), ids]) / 1e6}
-    step = partial(train_step, llm, w, ids, *audio)
+    step = partial(train_step, llm, ids, *audio)
     return {"columns": columns, "seconds": time_in_turns({"step": step}, device, o.rounds)}
 
 
@@ -346,8 +329,8 @@ def measure_inference(llm, w, o, device):
     """Seconds to hear and to answer, and the columns that are of the inference table alone. A
     second question costs what is left after hearing."""
     ids, *audio = random_inputs(llm, w)
-    heard = write_cache(llm, w, *audio)
-    seconds = time_in_turns({"hear": lambda: write_cache(llm, w, *audio),
+    heard = write_cache(llm, *audio)
+    seconds = time_in_turns({"hear": lambda: write_cache(llm, *audio),
                              "answer": lambda: llm.generate(ids, NEW_TOKENS, cache=heard),
                              "read": lambda: llm.generate(ids, 1, cache=heard)}, device, o.rounds)
     hearing, answering, reading = map(statistics.median, seconds.values())
@@ -457,7 +440,7 @@ def compare_in_turns(o, Na, Nt):
         w = workload(o, mode, "train", Na, Nt)
         ids, *audio = random_inputs(llm, w)
         flops[mode] = train_flops(LLMS[o.llm], w)
-        steps[mode] = partial(train_step, llm, w, ids, *audio)
+        steps[mode] = partial(train_step, llm, ids, *audio)
         if mode == "plits" and o.hf_reference:
             flops["transformers"] = flops[mode]
             steps["transformers"] = hf_reference_step(llm, ids, audio[0])
@@ -532,11 +515,11 @@ def fit(o, Na, Nt):
     fixed = (4 + 4 + 8 + 2) * count_parameters(c)
     for mode in MODES:
         def needed(B, mode=mode):
-            w = make_workload(c, mode, B, Na, Nt, o.share)
+            w = make_workload(mode, B, Na, Nt, o.share)
             return fixed + memory(c, w, 2)["+ logits, softmax"]
 
         batch = bisect.bisect_right(range(1, 1 + MAX_MICRO_BATCH), 1e9 * o.fits, key=needed)
-        w = make_workload(c, mode, 1, Na, Nt, o.share)
+        w = make_workload(mode, 1, Na, Nt, o.share)
         flops = sum(n * train_flops(c, w, frozen, causal=True) for n, frozen in RECIPE)
         rows.append({"mode": mode, "largest micro-batch": batch, "GB without a clip": fixed / 1e9,
                      "GB a clip": (needed(2) - needed(1)) / 1e9,
@@ -749,7 +732,7 @@ def workload(o, mode, phase, Na, Nt):
     """The Workload that the options make of a mode. phase: train or infer."""
     infer_batch = SMALL_BATCH if o.llm == "small" else BATCH_SIZES["infer"]
     B = o.batch if phase == "train" else infer_batch
-    return make_workload(LLMS[o.llm], mode, B, Na, Nt, o.share)
+    return make_workload(mode, B, Na, Nt, o.share)
 
 
 def resolve_options(o):
