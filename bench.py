@@ -74,8 +74,8 @@ MAX_MICRO_BATCH = 4096
 class Workload:
     """B rows of audio and text, and what the LLM does with them.
 
-    `prefix` audio tokens run through the LLM, `side` audio tokens are only written into the cache of
-    each layer, then `text` tokens run. PLITS has no side, LAL no prefix.
+    `prefix` audio tokens run through the LLM, `side` audio tokens are only written into the cache
+    of each layer, then `text` tokens run. PLITS has no side, LAL no prefix.
     """
     B: int
     prefix: int

@@ -8,7 +8,7 @@ miniature that a laptop trains. Nothing here knows of language models.
     python -c "from encoders import *; wave = load_audio('assets/demo.wav', 16000); \
                m = make_encoder('sslam'); print(m(m.front_end(wave[None])).shape, m.grid)"
 
-A new encoder is a subclass of Encoder and one entry in ENCODERS. B batch, N tokens, D width,
+A new encoder is a subclass of Encoder and one entry in ENCODERS. B batch, N tokens, D its width,
 H heads, F frames of a spectrogram, M its mel bands, R the side of CLAP's square map, nW its
 windows; LN is layer normalisation, STFT the short-time Fourier transform.
 """
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
     Config = None           # a dataclass of sizes, `width` and `seconds` among them
     sizes = {}              # name: a Config
     general = True          # for any sound: PAL sends its tokens LAL's way; False for speech
-    pool_size = 1           # how many tokens a connector averages into one
+    pool_size = 1           # how many tokens AudioLLM averages into one for a connector
     num_prefix_tokens = 0   # leading tokens that belong to no time
     frozen = True           # not trained; AudioLLM minds it
     checkpoint_path = None  # the public file that the weights came from

@@ -39,7 +39,7 @@ from model import (LLM, PAD_POSITION, KVCache, Linear, LLMConfig, cat_broadcast,
 
 class Segment(NamedTuple):
     """Neighbouring tokens that go into the LLM the same way."""
-    route: str                     # plits: run through the LLM; lal: write keys and values only
+    route: str                     # plits: run through the LLM; any other is for `write`, as lal is
     tokens: torch.Tensor           # (B or 1, N, D): embedded text, or audio in the LLM's width
     lengths: torch.Tensor = None   # (B,): rows may have fewer than N tokens, the rest is padding
 
@@ -68,20 +68,26 @@ def hear(llm, audio, route, cache=None, layers=None, positions=None, rotate_keys
     for i in layers:
         gain = llm.model.layers[i].input_layernorm.weight
         attention = llm.model.layers[i].self_attn
-        # Only model.py's own Linear is known to be its weight and bias: whatever was put in its
-        # place, as LoRA (low-rank adaptation) is, is called with the normed input.
-        k, v = (F.linear(normalized, proj.weight * gain, proj.bias) if type(proj) is Linear
-                else proj(normalized * gain) for proj in (attention.k_proj, attention.v_proj))
+        k = project_normalized(attention.k_proj, normalized, gain)  # W_K norm(a)
+        v = project_normalized(attention.v_proj, normalized, gain)  # W_V norm(a)
         k, v = attention.split_heads(k), attention.split_heads(v)  # (B, N, K, d)
         cache.append(i, rotate(k, angles), v)
     return cache
+
+
+def project_normalized(proj, normalized, gain):
+    """W (a / rms(a) * gain) + b, of a / rms(a) (B, N, D)."""
+    if type(proj) is Linear:  # model.py's own is known to be its weight and bias
+        return F.linear(normalized, proj.weight * gain, proj.bias)
+    return proj(normalized * gain)  # what was put in its place, as LoRA is
 
 
 def prefill(llm, segments, cache=None, write=hear):
     """Run or write segments, in order of position, into the cache; returns the last hidden states.
 
     Neighbours of one route are joined to a group. A PLITS group is one call of the decoder over
-    the cache; any other group is written by `write`, a function like `hear`.
+    the cache. Any other group is written: write(llm, tokens, route, cache, positions=...), such as
+    `hear`, announces the tokens by cache.extend and appends keys and values to each such layer.
     segments: a list of Segment; text is "plits". cache: a KVCache that is extended in place (None:
     a new one). Returns (B, n, D), the hidden states of the last group, None if it was not run.
 
@@ -121,6 +127,8 @@ def padded_positions(group, start):
         positions.append(new.to(segment.tokens.device))
     return reduce(cat_broadcast, positions)
 
+
+# The next three are the method in one call, for tests and bench.py; AudioLLM has `prefill` do it.
 
 def pal(llm, ids, prefix, side, before=None, layers=None):
     """Logits (B, T, V) of text ids (B, T) after `prefix`, heard the PLITS way, and `side`, LAL's.
@@ -173,13 +181,14 @@ def mode_routes(mode, encoders):
 class IntegrationConfig:
     """The choices beside the mode; a checkpoint keeps them. A field that an older checkpoint does
     not know gets its default."""
-    connector: str = "auto"    # a name of CONNECTORS; auto: lfst for two general encoders, else mlp
+    connector: str = "auto"    # a name of CONNECTORS; auto: lfst for two general encoders, else
+                               # mlp. train.py's default for the miniatures is mlp
     connector_layers: int = 2  # of a Q-Former or LFST
     queries: int = 32          # of a Q-Former
     grid_steps: int = 32       # of LFST, but no more than the coarsest of its encoders has
     grid_bands: int = 2        # of LFST
     lal_layers: str = "all"    # the layers that LAL writes, see parse_layers
-    audio_rope: str = "on"     # off: LAL's keys have no positions
+    audio_rope: str = "on"     # off: LAL's keys are not rotated; the mask knows their positions
     flamingo_every: int = 1    # flamingo: one gated layer for so many of the LLM's
     whisper_seconds: int = 30  # no more of a clip: short clips then cost less, see Whisper.crop
     summary_tokens: int = 8    # pal-summary: of each connector
@@ -219,9 +228,12 @@ class MLPConnector(nn.Module):
     Every connector is made from a list of encoders, the LLM's width and an IntegrationConfig. It
     takes lists of features (B, N, De) and their lengths (B,) or None, one for each of its encoders,
     and gives tokens (B, N', D) and their lengths. A new one is a class like this, entered in
-    CONNECTORS; `joint` says that one connector takes all general encoders together.
+    CONNECTORS. `joint`: one connector takes all general encoders together, and their tokens as they
+    are; else AudioLLM.encode averages each encoder's pool_size tokens into one before. `has_time`:
+    its tokens are in order of time, so that sample.py --listen can draw them.
     """
     joint = False
+    has_time = True
 
     def __init__(self, encoders, llm_width, config):
         super().__init__()
@@ -265,6 +277,7 @@ class QFormer(nn.Module):
     """Querying transformer: learnt queries read an encoder's tokens, layer by layer, and become the
     audio tokens. It is BLIP-2's without self-attention among the queries."""
     joint = False
+    has_time = False
 
     def __init__(self, encoders, llm_width, config):
         super().__init__()
@@ -300,6 +313,7 @@ class LFST(QFormer):
     that begin before the clip's features end.
     """
     joint = True
+    has_time = True
 
     def __init__(self, encoders, llm_width, config):
         super().__init__(encoders, llm_width, replace(config, queries=1))
@@ -331,7 +345,8 @@ CONNECTORS = {"mlp": MLPConnector, "qformer": QFormer, "lfst": LFST}
 
 
 def plan_connectors(encoders, name):
-    """{connector's name in the model: (class, [kinds of its encoders])}; name: see CONNECTORS."""
+    """{connector's name in the model, such as whisper: (class, [kinds of its encoders])}. name: one
+    of CONNECTORS, or auto. Encoders that a joint connector leaves over have an MLP each."""
     general = [kind for kind, encoder in encoders.items() if encoder.general]
     if name == "auto":
         name = "lfst" if len(general) == 2 else "mlp"
@@ -403,6 +418,9 @@ def restore_encoder(kind, about, encoder=None):
 class AudioLLM(nn.Module):
     """Encoders, their connectors, the LLM, and a route for each encoder.
 
+    What a mode of lib/variants.py trains beside the LLM stands among the connectors too: train.py
+    knows the parts of a model by the first part of a parameter's name.
+
     encoders: {kind: module of encoders.py}. mode: a name of MODES. An encoder is frozen unless
     its `frozen` is False. ValueError for a mode, connector or layers that do not exist.
     """
@@ -438,7 +456,7 @@ class AudioLLM(nn.Module):
         if MODES.get(mode):
             MODES[mode](self)
         if (layers or not rotate_keys) and "lal" not in self.routes.values():
-            raise ValueError(f"lal-layers, audio_rope: in mode {mode} nothing goes LAL's way")
+            raise ValueError(f"lal-layers, audio_rope: mode {mode} does not use them")
         for encoder in self.encoders.values():
             encoder.requires_grad_(not encoder.frozen)
         self.train(self.training)

@@ -165,7 +165,8 @@ def position_mask(queries, keys, dtype):
 
 
 def attention_mask(queries, keys, no_padding, dtype):
-    """The one rule in the form that the attention kernel runs fastest; arguments as above.
+    """The one rule in the form that the attention kernel runs fastest; queries, keys as above,
+    no_padding as in KVCache.
 
     Without padding the T queries are the last of the S keys, so the rule is the causal mask
     aligned at the lower right, which the fast kernels know by name. A single query sees all keys
@@ -258,7 +259,7 @@ class Attention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, d), (B, K, S, d)
         # y = softmax(q k^T / sqrt(d) + mask) v
         if T == 1:  # the H / K heads that share a key-value head are its rows: it is read once
-            q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, K, H / K, d)
+            q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, K, H / K, d): heads, not time
             y = F.scaled_dot_product_attention(q, k, v, mask)
             return self.o_proj(y.reshape(B, 1, -1))  # (B, 1, D)
         if x.is_cuda and not (isinstance(mask, CausalBias) and v.element_size() == 2):
@@ -321,7 +322,7 @@ class Decoder(nn.Module):
 class LLM(nn.Module):
     """A decoder LLM: `llm(ids)` gives logits, `llm.generate(ids, n)` gives new ids."""
     checkpoint_path = None  # the folder that the weights came from
-    frozen = False          # never trained: a checkpoint need not copy them
+    frozen = False          # they are never trained: a checkpoint need not copy them
 
     def __init__(self, config):
         super().__init__()

@@ -23,7 +23,7 @@ from data.lists import (MAX_CHARACTERS, QuestionList, drop_unreadable, record_se
                         wrong_clips)
 from data.pretrain import parse_encoders
 from encoders import ENCODERS, mel_filters, power_spectrum
-from integrate import LFST, AudioLLM, MLPConnector, Segment, pad_batch, prefill
+from integrate import LFST, AudioLLM, Segment, pad_batch, prefill
 from lib.audio import check_audio, load_audio
 from lib.cli import command_line, option, pick_device
 from lib.plots import draw_listening, import_figure
@@ -196,8 +196,9 @@ def attention_by_source(model, features, question, answer):
     tokens, n)}, averaged over heads: a weight for each of the n tokens of the source, which is
     "start", a connector, or "text" (question and answer). All sources together sum to one.
     """
-    if not all(isinstance(c, (MLPConnector, LFST)) for c in model.connectors.values()):
-        raise ValueError("attention has a time only with the connectors mlp and lfst, not flamingo")
+    for name, connector in model.connectors.items():
+        if not getattr(connector, "has_time", False):
+            raise ValueError(f"--listen: {name} has no tokens in order of time to draw")
     ids = torch.tensor([model.tokenizer.chat(question)[1] + answer[:-1]], device=model.device)
     cache = model.hear([features])
     layers = attention_weights(model.llm, lambda: model.llm(ids, cache=cache))

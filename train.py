@@ -286,8 +286,9 @@ def compute_gradients(model, features, parts, stage, step, signals=(), precision
 
 def is_trained(name, rates, freeze):
     """Whether a stage with these rates trains the parameter of this name."""
-    never = {"ffn": ".mlp." in name, "lora": "lora_" not in name}.get(freeze, False)
-    return name.split(".")[0] in rates and not (never and name.startswith("llm."))
+    part = name.split(".")[0]
+    frozen = {"none": False, "ffn": ".mlp." in name, "llm": True, "lora": "lora_" not in name}
+    return part in rates and not (part == "llm" and frozen[freeze])
 
 
 def make_optimizer(model, rates, freeze="none"):
@@ -539,7 +540,7 @@ class Options:
     connector: str = option(None, "auto: lfst for sslam with clap, else mlp; default: mlp for the "
                                   "miniatures, else auto", choices=("auto", *CONNECTORS))
     config: str = option(None, "IntegrationConfig's fields, like queries=16,audio_rope=off")
-    lal_layers: str = option("all", "layers that hear, under lal and pal: all, 2: or ::2 or 0,1")
+    lal_layers: str = option("all", "layers that LAL writes: all, 2: or ::2 or 0,1")
     freeze: str = option("none", "LLM weights never to train: ffn, all (llm), or all but low-rank "
                                  "updates (lora)", choices=("none", "ffn", "llm", "lora"))
     train_encoders: bool = option(False, "train the encoders too, whenever the LLM is trained")
@@ -619,8 +620,8 @@ def main(o):
     if not o.data and rank_and_size()[0] == 0:
         data.world.write_demo(test_data.clips, test_data.items)
         steps = sum(steps for _, steps, _ in plan)
-        print(f"first {o.clips:,} clips are heard, a minute on 2 cores; then come {steps:,} steps, "
-              "by default three minutes; then a table")
+        print(f"hears {o.clips:,} clips, trains {steps:,} steps, then asks about {o.test_clips} "
+              "clips: with the default numbers four minutes on 2 cores")
     for split in splits:  # some of them may be the same
         keep = not o.train_encoders and (o.keep_features or split is not train_data)
         if keep and split.features is None:

@@ -148,3 +148,36 @@ def test_the_readme_and_continuous_integration_run_the_same_tests():
     line = re.search(r"^python -m pytest.*$", README, re.M)
     assert line and line[0] in fenced_lines(README)
     assert "grep -m1 '^python -m pytest' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def output_after(text, command):
+    """The lines of the block that follows the block with this command."""
+    block = text.split(command, 1)[1].split("```", 1)[1].split("```")[1]
+    assert "python" not in block, f"no output is shown after {command}"
+    return block.strip("\n").splitlines()
+
+
+def test_the_answer_that_the_readme_shows_is_the_models(call):
+    command = next(c for c in python_commands(fenced_lines(README)) if "assets/demo.wav" in c)
+    words = [str(ROOT / w) if w.startswith("assets/") else w for w in shlex.split(command)[2:]]
+    code, stdout, _ = call(importlib.import_module("sample"), *words)
+    assert code == 0 and stdout.splitlines() == output_after(README, command)
+
+
+def test_the_table_that_the_readme_shows_is_train_pys(call, base, brief):
+    options = ["--base", base, "--clips", 3, "--test-clips", 30, "--device", "cpu", "--steps1", 1,
+               "--steps2", 1, "--steps3", 1, "--mode", "lal"]
+    code, stdout, _ = call(importlib.import_module("train"), *options)
+    assert code == 0
+
+    def forms(lines):  # numbers aside
+        return {" ".join(re.sub(r"\d+(\.\d+)?", "0", line).split()) for line in lines}
+
+    shown = output_after(README, "python train.py --mode lal\n")
+    examples = [line for line in shown if line.startswith(("right: ", "wrong: "))]
+    assert forms(set(shown) - set(examples)) <= forms(stdout.splitlines())
+    printed = [line for line in stdout.splitlines() if line.startswith(("right: ", "wrong: "))]
+    assert printed and len(examples) == 2
+    for line in printed + examples:
+        assert re.fullmatch(r"right: .+\? -> .*|right: .+\. -> .*|"
+                            r"wrong: .+[?.] -> .*   \(it was: .+\)", line), line
