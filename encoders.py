@@ -37,6 +37,7 @@ def mel_filters(mels, bins, rate, low, high, scale="slaney"):
     15 + 27 log(f / 1000) / log(6.4). HTK's triangles are 1 high and linear in Hz, Kaldi's 1 high
     and linear in mel; Slaney's, linear in Hz, are 2 / (their width in Hz) high: of equal areas.
     """
+    assert scale in ("slaney", "htk", "kaldi"), f"scale {scale!r}"
     hz = np.linspace(0, rate / 2, bins)
     if scale == "slaney":
         step = math.log(6.4) / 27

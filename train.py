@@ -601,11 +601,11 @@ def make_config(o):
 def main(o):
     # where the loss is small, gradients are so small that a CPU would take twice the time for them
     torch.set_flush_denormal(True)
-    o = replace(o, mode=o.routes or o.mode)
-    o = replace(o, out=o.out or f"out/{o.mode}")
+    mode = o.routes or o.mode
+    o = replace(o, out=o.out or f"out/{mode}")
     device = join_processes(o.device)
     torch.manual_seed(o.seed)
-    model = load_base(o.base, o.mode, make_config(o), o.encoders, o.llm)
+    model = load_base(o.base, mode, make_config(o), o.encoders, o.llm)
     for encoder in model.encoders.values():
         encoder.frozen = not o.train_encoders
     model.llm.frozen = o.freeze in ("llm", "lora")
