@@ -449,9 +449,9 @@ def pad_prompts(prompts, device):
 
 
 def sample_token(logits, temperature, top_p, rng=None):
-    """The next token (B,) from logits (B, V): the likeliest, or drawn (nucleus sampling): of
-    softmax(logits / temperature) the fewest likeliest tokens stay whose sum reaches top_p, at least
-    one, and one of them is drawn in proportion."""
+    """The next token (B,) from logits (B, V). At temperature 0 the likeliest, else drawn (nucleus
+    sampling): of softmax(logits / temperature) the fewest likeliest tokens stay whose sum reaches
+    top_p, at least one, and one of them is drawn in proportion."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     p, order = torch.softmax(logits.float() / temperature, dim=-1).sort(dim=-1, descending=True)

@@ -54,13 +54,14 @@ FILL_INS = (
         (1,), "python -m pytest tests/test_encoders.py -k whisper_front_end"),
     Exercise(
         3, "model.py", "rotary", "rotary positions", 30, 2,
-        "Compute cos and sin, each (1 or B, T, 1, d), of the angles position * theta^(-2i/d)\n"
+        "Compute cos and sin of positions (1 or B, T), each (1 or B, T, 1, d), the 1 for the\n"
+        "heads of what `rotate` turns, of the angles position * theta^(-2i/d)\n"
         "for i = 0 .. d/2 - 1; d is config.head_dim, theta config.rope_theta. The d/2 values\n"
         "stand there twice, one after another; the first copy of sin is negative. Compute in\n"
         "float64 if `dtype` is float64, else in float32, and return `dtype`. With\n"
-        "config.rope_scaling, a dict with the keys LLAMA3_ROPE, a frequency w makes turns =\n"
-        "original_max_position_embeddings * w / (2 pi). With s = (turns - low_freq_factor) /\n"
-        "(high_freq_factor - low_freq_factor), kept within 0 and 1, it becomes w * (s + (1 -\n"
+        "config.rope_scaling, a dict with the keys in LLAMA3_ROPE, let w = theta^(-2i/d), turns =\n"
+        "original_max_position_embeddings * w / (2 pi) and s = (turns - low_freq_factor) /\n"
+        "(high_freq_factor - low_freq_factor), kept within 0 and 1; w becomes w * (s + (1 -\n"
         "s) / factor).",
         ("positions[..., None] * frequency is (1 or B, T, d/2); the axis of heads is missing yet.",
          "cos: torch.cat([cos, cos], -1). sin: torch.cat([-sin, sin], -1), as `rotate` adds them.",
@@ -91,11 +92,12 @@ FILL_INS = (
     Exercise(
         6, "integrate.py", "hear", "LAL's write of keys and values", 40, 2,
         "The heart of the paper. Without a cache make KVCache(number of layers). route plits:\n"
-        "llm.model(audio, positions, cache) writes the cache; `layers` must be None. route\n"
-        "lal, any other is an AssertionError: for each layer i of `layers` (None: all), of\n"
-        "block = llm.model.layers[i] and its attention block.self_attn,\n"
+        "llm.model(audio, positions, cache) writes the cache; AssertionError if `layers` is\n"
+        "not None. Any other route but lal is an AssertionError. route lal: for each layer i\n"
+        "of `layers` (None: all), of block = llm.model.layers[i] and block.self_attn,\n"
         "    n = audio / sqrt(mean(audio^2) + eps) * gain      block.input_layernorm\n"
         "    k = rotate(W_K n + b_K),  v = W_V n + b_V         k_proj, v_proj; then split_heads\n"
+        "Call k_proj and v_proj, unless they are model.py's Linear: they may be LoRA's.\n"
         "First positions = cache.extend(audio, positions, layers), last cache.append(i, k,\n"
         "v). rotate(k, rotary(positions, llm.config, audio.dtype)) turns the keys; with\n"
         "rotate_keys=False as if all stood at position 0. Audio asks nothing: no queries, no\n"
@@ -130,8 +132,8 @@ FILL_INS = (
         (3, 6, 7), "python -m pytest tests/test_integrate.py -k 'agree or other_mode'"),
     Exercise(
         9, "integrate.py", "pool", "pooling of encoder tokens", 10, 1,
-        "Average each `size` neighbours of tokens (n, De); a last group may be smaller and is\n"
-        "the average of what it has. The result is (ceil(n / size), De), in the dtype of\n"
+        "Average groups of `size` tokens of (n, De), one after another; a last group may be\n"
+        "smaller and is the average of what it has. The result is (ceil(n / size), De), in the dtype of\n"
         "tokens.",
         ("The last group divides by its own number of tokens, not by size.",
          "tokens.split(size) gives the groups; or F.avg_pool1d with ceil_mode=True.",
@@ -289,9 +291,12 @@ HUNTS = (
         ("What is the value of the spectrogram where a short clip has ended?",
          "Two operations do not commute here.",
          "Is a zero that is padded also normalised?"),
-        old="        x = F.pad(x, (0, 0, 0, self.frames - x.shape[1]))\n"
+        old="        # Zeros first, normalisation after: to the model padding is 0.467, not 0 and "
+            "not silence.\n"
+            "        x = F.pad(x, (0, 0, 0, self.frames - x.shape[1]))\n"
             "        return ((x + 4.268) / (2 * 4.569))[:, None]",
-        new="        x = (x + 4.268) / (2 * 4.569)\n"
+        new="        # Every clip fills the whole window.\n"
+            "        x = (x + 4.268) / (2 * 4.569)\n"
             "        return F.pad(x, (0, 0, 0, self.frames - x.shape[1]))[:, None]"),
     Exercise(
         29, "sample.py", "answer_all", "good answers, bad score", 20, 1,

@@ -27,7 +27,7 @@ from xml.etree import ElementTree
 sys.path.insert(0, str(Path(__file__).parent))
 from exercise_texts import EXERCISES, FILL_INS, HUNTS  # noqa: E402 - found from any folder
 
-TIME_LIMIT = 60  # seconds that pytest may take, and 10 more for each exercise
+TIME_LIMIT = 20  # seconds that pytest may take, and 10 more for each exercise
 STUB = 'raise NotImplementedError("exercise {}: {}")'
 
 
@@ -108,8 +108,9 @@ def take_out_body(text, exercise):
 def put_in_bug(text, exercise):
     source = get_function(text, exercise)
     if source.count(exercise.old) != 1:
-        raise ValueError(f"bug {exercise.number} cannot be planted: the code that it changes is "
-                         "not as it was; solve what you began, or take a fresh copy")
+        raise ValueError(f"bug {exercise.number} cannot be planted: {exercise.function} in "
+                         f"{exercise.file} is not as it was; solve the exercise that you did there, "
+                         "or take a fresh copy")
     return replace_function(text, exercise, source.replace(exercise.old, exercise.new))
 
 
@@ -264,7 +265,8 @@ def run_tests(root, exercises):
                                      timeout=TIME_LIMIT + 10 * len(exercises), encoding="utf-8",
                                      errors="replace", stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired:
-            raise ValueError("the tests did not end: is there an endless loop?") from None
+            raise ValueError("the tests did not end: an endless loop, or a recursion that does the same "
+                             "work over and over?") from None
         cases = ElementTree.parse(report).iter("testcase") if report.is_file() else ()
         results = {}
         for case in cases:

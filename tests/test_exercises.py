@@ -144,7 +144,10 @@ def test_ex03_rotary_positions():
         name = "with rope_scaling, " if scaling else ""
         close(cos, torch.cat([angles.cos()] * 2, -1), name + "cos")
         close(sin, torch.cat([-angles.sin(), angles.sin()], -1), name + "sin")
-        equal(rotary(positions, config, torch.float32)[0].dtype, torch.float32, "dtype")
+        for dtype in (torch.float32, torch.bfloat16):  # computed in float32, whatever is returned
+            low = rotary(positions, config, dtype)[0]
+            equal(low.dtype, dtype, "dtype")
+            close(low.double(), cos, f"{name}cos in {dtype}", 0.01)
         equal(rotary(positions[:1], config, torch.float32)[0].shape, (1, 3, 1, 8), "shape")
 
 
@@ -255,6 +258,7 @@ def test_ex06_lal_writes_keys_and_values():
     more = hear(llm, audio + 1, "lal", cache, [0, 2])  # after what is there, in two layers
     assert more is cache, "expected the cache that was given, extended"
     equal([cache.keys[i].shape[1] for i in range(3)], [10, 5, 10], "tokens in each layer")
+    equal([cache.positions[i].shape[1] for i in range(3)], [10, 5, 10], "positions of each layer")
     check_lal_cache(llm, audio + 1, cache, [0, 2], torch.arange(5, 10)[None])
     far = torch.tensor([[7, 9, 11, 13, 15], [0, 1, 2, 3, 4]])
     check_lal_cache(llm, audio, hear(llm, audio, "lal", positions=far), range(3), far)
@@ -267,8 +271,22 @@ def test_ex06_plits_runs_and_other_routes_are_refused():
     llm.model(audio, cache=expected)
     cache = hear(llm, audio, "plits")
     close(cache.keys[1], expected.keys[1], "keys that PLITS leaves in layer 1")
-    with pytest.raises(AssertionError):
-        hear(llm, audio, "silent")
+    for route, layers, what in (("silent", None, "route 'silent'"), ("plits", [0], "layers [0]")):
+        try:
+            hear(llm, audio, route, layers=layers)
+        except AssertionError:
+            continue
+        raise AssertionError(f"{what} was accepted in route {route}; expected an AssertionError")
+
+
+def test_ex06_a_layer_in_place_of_a_weight_is_called():
+    from integrate import hear
+    llm, audio = small_llm(1), random(1, 4, 24)
+    v_proj = llm.model.layers[0].self_attn.v_proj
+    llm.model.layers[0].self_attn.v_proj = torch.nn.Sequential(v_proj, torch.nn.Tanh())
+    values = hear(llm, audio, "lal").values[0].flatten(2)
+    close(values, v_proj(llm.model.layers[0].input_layernorm(audio)).tanh(),
+          "values of a v_proj that is wrapped, as LoRA wraps it")
 
 
 class Recorder:
@@ -398,6 +416,9 @@ def test_ex12_nucleus_sampling():
     close(share(1.0, 0.7), torch.tensor([0, 0.625, 0, 0.375]), "shares at top_p 0.7", 0.02)
     close(share(1.0, 0.45), torch.tensor([0, 1.0, 0, 0]), "shares at top_p 0.45: one is enough")
     close(share(1.0, 1e-9), torch.tensor([0, 1.0, 0, 0]), "shares at top_p 1e-9")
+    warm = p.sqrt() / p.sqrt().sum()  # of which the first two are the fewest that reach 0.6
+    two = torch.tensor([0, warm[1], 0, warm[3]])
+    close(share(2.0, 0.6), two / two.sum(), "shares at temperature 2 and top_p 0.6", 0.02)
     close(share(0.5, 1.0), p.square() / p.square().sum(), "shares at temperature 0.5", 0.02)
     again = [sample_token(logits[:9], 1.0, 1.0, torch.Generator().manual_seed(1)).tolist()
              for _ in range(2)]
@@ -526,6 +547,9 @@ def test_ex23_lal_tells_before_from_after():
     logits = change(lal(llm, ids, audio), lal(llm, ids, audio.flip(1)))
     assert logits > 1e-3, (f"the audio in reverse order changes LAL's logits by {logits:.3g}; "
                            "in a model that knows about order by 0.1 and more")
+    from integrate import hear
+    keys, turned = (hear(llm, audio, "lal", rotate_keys=rotate).keys[0] for rotate in (False, True))
+    assert change(keys, turned) > 1e-3, "rotate_keys=False changes the keys by 0"
 
 
 def test_ex24_the_answer_alone_is_learnt():
@@ -553,6 +577,8 @@ def test_ex25_frozen_encoders_stay_as_they_are():
     difference = change(alone["clap"], together["clap"])
     assert difference < 1e-4, (f"in training CLAP's features of a clip differ by {difference:.3g} "
                                "if another clip is in the batch; frozen ones by 0")
+    clap.frozen = False
+    assert model.train().encoders["clap"].training, "0 of 1 encoders that are not frozen train"
 
 
 @torch.no_grad()
