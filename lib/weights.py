@@ -41,7 +41,9 @@ def as_value_error(path, what, advice="fetch it again, or another"):
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
             raise  # it says all already
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        lines = (str(error) or type(error).__name__).splitlines()
+        # load_state_dict's first line ends in a colon, and the names come after it
+        reason = " ".join(" ".join(lines if lines[0].endswith(":") else lines[:1]).split())
         reason = f"it has no {error}" if isinstance(error, KeyError) else reason
         if Path(path).is_file() and Path(path).open("rb").read(24) == b"version https://git-lfs.":
             reason, advice = "but a git-lfs pointer to it", "run `git lfs pull` in its folder"

@@ -1,5 +1,6 @@
 """What all tests share: a base and a checkpoint that have learnt next to nothing, made once, and a
 way to run a program."""
+import gc
 import io
 import os
 import re
@@ -15,6 +16,7 @@ from encoders import CLAP, SSLAM, SSLAMConfig, Whisper, WhisperConfig
 from lib.cli import command_line
 from model import LLM, LLMConfig
 
+gc.set_threshold(100_000, 20, 20)  # thousands of modules are looked through each time
 torch.set_num_threads(1)  # sums of this size end sooner where no thread waits for another
 
 

@@ -68,7 +68,7 @@ def check_parser(module, words, monkeypatch):
 def check(command, call, monkeypatch):
     """A command names a file that exists, and options that it has, with values that they take."""
     python, *words = shlex.split(command, comments=True)
-    ends = [i for i, word in enumerate(words) if word in ("|", ">", "2>", "&")]
+    ends = [i for i, word in enumerate(words) if word in ("|", ">", ">>", "2>", "&")]
     words = words[:min(ends, default=len(words))]
     assert python == "python" and words, f"{command}: only 'python' is sure to exist"
     if words[0] == "-c":
