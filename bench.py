@@ -13,7 +13,7 @@ one setting with both. The last line of stdout is the whole result as JSON.
     python bench.py --llm llama-3.2-1b                  # its shapes, random weights: for a GPU
     python bench.py --measure nothing                   # the arithmetic alone
     python bench.py --measure turns --na 512 --nt 64 --batch 8 --hf-reference
-    python bench.py --quality                           # train and score every arm, an hour
+    python bench.py --quality --arms lal,plits          # train them, and score what they learn
 
 The paper: arXiv 2506.10423v2, figure 1 and section 3; integrate.py spells out the modes. Letters:
 B rows of a batch, D width of the LLM (large language model), Hd and Kd widths of all its queries

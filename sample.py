@@ -72,19 +72,20 @@ def answer_all(model, features, questions, batch=256, **sampling):
         for start in range(0, len(rows), ROWS * batch):
             clip_index, index = map(list, zip(*rows[start:start + ROWS * batch]))
             _, texts, choices = zip(*(questions[i] for i in index))
-            answers |= zip(index, ask(model, cache, texts, choices, clip_index, **sampling))
+            answers |= zip(index, ask(model, cache, texts, choices, clip_index, ROWS * batch,
+                                      **sampling))
     return [answers[i] for i in range(len(questions))]
 
 
-def ask(model, cache, texts, choices, clip_index, max_new_tokens=48, **sampling):
+def ask(model, cache, texts, choices, clip_index, batch, max_new_tokens=48, **sampling):
     """The answers of `answer_all`, each (text, likeliest choice), to questions about the clips in
-    a cache; question i is about its row clip_index[i]."""
+    a cache; question i is about its row clip_index[i]. batch: choices scored at a time."""
     prompts = [model.tokenizer.chat(text)[1] for text in texts]
     asked = read_prompts(model, cache, prompts, clip_index)
     replies = model.llm.generate([prompt[-1:] for prompt in prompts], max_new_tokens, cache=asked,
                                  eos_id=model.tokenizer.eos_ids, **sampling)
     replies = [normalize("NFC", model.tokenizer.decode(ids).strip()) for ids in replies]
-    return zip(replies, score_choices(model, asked, prompts, choices, len(prompts)))
+    return zip(replies, score_choices(model, asked, prompts, choices, batch))
 
 
 @torch.no_grad()

@@ -601,11 +601,10 @@ def make_config(o):
 def main(o):
     # where the loss is small, gradients are so small that a CPU would take twice the time for them
     torch.set_flush_denormal(True)
-    mode = o.routes or o.mode
-    o = replace(o, out=o.out or f"out/{mode}")
+    o = replace(o, out=o.out or f"out/{o.routes or o.mode}")
     device = join_processes(o.device)
     torch.manual_seed(o.seed)
-    model = load_base(o.base, mode, make_config(o), o.encoders, o.llm)
+    model = load_base(o.base, o.routes or o.mode, make_config(o), o.encoders, o.llm)
     for encoder in model.encoders.values():
         encoder.frozen = not o.train_encoders
     model.llm.frozen = o.freeze in ("llm", "lora")
@@ -621,7 +620,7 @@ def main(o):
         data.world.write_demo(test_data.clips, test_data.items)
         steps = sum(steps for _, steps, _ in plan)
         print(f"hears {o.clips:,} clips, trains {steps:,} steps, then asks about {o.test_clips} "
-              "clips: with the default numbers four minutes on 2 cores")
+              "clips: LAL with the default numbers takes four minutes on 2 cores")
     for split in splits:  # some of them may be the same
         keep = not o.train_encoders and (o.keep_features or split is not train_data)
         if keep and split.features is None:

@@ -24,11 +24,16 @@ from integrate import MODES, CrossAttentionBlock, Segment, valid_mask
 from model import PAD_POSITION, attention_mask, rotary, rotate
 
 
+def announce(llm, audio, cache, positions):
+    """Make room for audio tokens (B, N, D) in every layer: their rotary angles, and their mask."""
+    positions = cache.extend(audio, positions)
+    mask = attention_mask(positions, cache.positions[0], cache.no_padding, audio.dtype)
+    return rotary(positions, llm.config, audio.dtype), mask
+
+
 def write_attention_only(llm, audio, route, cache, positions=None):
     """Run audio tokens (B, N, D) through the attention of every layer, without feed-forward."""
-    positions = cache.extend(audio, positions)
-    angles = rotary(positions, llm.config, audio.dtype)
-    mask = attention_mask(positions, cache.positions[0], cache.no_padding, audio.dtype)
+    angles, mask = announce(llm, audio, cache, positions)
     x = audio
     for i, block in enumerate(llm.model.layers):
         x = x + block.self_attn(block.input_layernorm(x), angles, mask, cache, i)
@@ -55,9 +60,7 @@ def write_feed_forward_only(llm, audio, route, cache, positions=None):
 
 def write_hybrid(llm, audio, route, cache, positions=None):
     """Run audio tokens (B, N, D) through layers 0, 2, 4 and so on; write them in the others."""
-    positions = cache.extend(audio, positions)
-    angles = rotary(positions, llm.config, audio.dtype)
-    mask = attention_mask(positions, cache.positions[0], cache.no_padding, audio.dtype)
+    angles, mask = announce(llm, audio, cache, positions)
     x = audio
     for i, block in enumerate(llm.model.layers):
         if i % 2:

@@ -109,8 +109,8 @@ def put_in_bug(text, exercise):
     source = get_function(text, exercise)
     if source.count(exercise.old) != 1:
         raise ValueError(f"bug {exercise.number} cannot be planted: {exercise.function} in "
-                         f"{exercise.file} is not as it was; solve the exercise that you did there, "
-                         "or take a fresh copy")
+                         f"{exercise.file} is not as it was; solve the exercise that you did "
+                         "there, or take a fresh copy")
     return replace_function(text, exercise, source.replace(exercise.old, exercise.new))
 
 
@@ -265,8 +265,8 @@ def run_tests(root, exercises):
                                      timeout=TIME_LIMIT + 10 * len(exercises), encoding="utf-8",
                                      errors="replace", stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired:
-            raise ValueError("the tests did not end: an endless loop, or a recursion that does the same "
-                             "work over and over?") from None
+            raise ValueError("the tests did not end: is there an endless loop, or a recursion that "
+                             "does its work over and over?") from None
         cases = ElementTree.parse(report).iter("testcase") if report.is_file() else ()
         results = {}
         for case in cases:

@@ -614,7 +614,7 @@ def test_ex28_what_follows_a_short_clip():
 def test_ex29_answers_belong_to_their_questions():
     import sample
 
-    def ask(model, clips, texts, choices, clip_index):
+    def ask(model, clips, texts, choices, clip_index, batch):
         return [(f"{clips[i]} {text}", None) for i, text in zip(clip_index, texts)]
 
     model = SimpleNamespace(eval=lambda: None, hear=lambda clips: clips)
