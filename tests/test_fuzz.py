@@ -11,6 +11,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def limited():
         yield
         return
     import resource
-    used = int(open("/proc/self/statm").read().split()[5]) * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     old = resource.getrlimit(resource.RLIMIT_DATA)
 
     def stop(*_):
@@ -96,12 +97,12 @@ def limited():
 @pytest.fixture
 def fuzz(request, tmp_path):
     """fuzz(name, make, read): read files `name` that `make(path, rng)` writes, many times.
-    Returns how many of them could be read."""
-    thousands = "fuzz" in request.config.getoption("-m")
+    Returns the share of them that could be read."""
+    total = 5000 if "fuzz" in request.config.getoption("-m") else 300
 
     def run(name, make, read):
         path, count = tmp_path / name, 0
-        for seed in range(5000 if thousands else 300):
+        for seed in range(total):
             make(path, random.Random(seed))
             try:
                 with limited(), warnings.catch_warnings():
@@ -112,7 +113,7 @@ def fuzz(request, tmp_path):
                 assert path.stem in str(error) and "\n" not in str(error), (seed, str(error))
             except BaseException as error:
                 raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
-        return count
+        return count / total
 
     return run
 
@@ -146,7 +147,7 @@ def test_wavs(fuzz, tmp_path):
         assert check_audio(path) > 0
         assert load_audio(path, 16000, seconds=1).isfinite().all()
 
-    assert 0 < fuzz("bad.wav", of_bytes((tmp_path / "good.wav").read_bytes()), read) < 5000
+    assert 0 < fuzz("bad.wav", of_bytes((tmp_path / "good.wav").read_bytes()), read) < 1
 
 
 @pytest.mark.fuzz
