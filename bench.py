@@ -30,7 +30,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from itertools import accumulate, product
+from itertools import accumulate, islice, product
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ from integrate import hear, pal
 from lib.cli import command_line, option, pick_device
 from lib.profiling import (attention_kernels, available_memory, count_flops, count_saved_bytes,
                            describe_machine, limit_memory, print_table, product_rate, time_in_turns)
+from lib.plots import draw_costs, draw_learning
 from model import LLM, LLMConfig
 
 LLMS = {
@@ -546,57 +547,56 @@ def arithmetic(o, Na, Nt):
     return {"costs": costs, "limits": limits(c, Nt), "accounting": accounting}
 
 
+def draw(function, path, *what):
+    try:
+        function(path, *what)
+    except ValueError as error:  # there is no matplotlib: the numbers are worth having without it
+        print(f"no picture: {error}", file=sys.stderr)
+
+
 def draw_picture(o, measured, Na, Nt):
     """Memory and speed against Na, as bench-LLM.png in o.out."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator
-    except ImportError:
-        return print("no picture: it needs pip install matplotlib", file=sys.stderr)
     c = LLMS[o.llm]
     rate = max((row["rate"] for row in measured if "rate" in row), default=1e12)
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    figure.suptitle(f"{o.llm}, {o.dtype}, batch {o.batch}; lines predicted, dots measured")
-    saved_axis, speed_axis = figure.subplots(1, 2)
-    saved_axis.set_title("MB saved for backward")
-    speed_axis.set_title(f"training steps, samples/s\n(lines: at {rate / 1e9:.3g} GFLOP/s)")
     sizes = sorted({max(1, Na * i // 100) for i in range(101)})
-    for mode, color in zip(MODES, ("tab:red", "tab:blue", "tab:purple", "tab:green")):
+    memory_lines, speed_lines = {}, {}
+    for mode in MODES:
         line = [workload(o, mode, "train", size, Nt) for size in sizes]
-        dots = [r for r in measured if (r["mode"], r["Nt"]) == (mode, Nt) and "rate" in r]
-        measured_sizes = [row["Na"] for row in dots]
-        saved_axis.plot(sizes, [predict_saved_bytes(o, w) / 1e6 for w in line], color=color)
-        saved_axis.plot(measured_sizes, [r["columns"]["saved MB"] for r in dots], "o", color=color)
-        speed = [w.B * rate / train_flops(c, w, causal=True) for w in line]
-        speed_axis.plot(sizes, speed, color=color, label=mode.upper())
-        speed = [o.batch / total_seconds(row) for row in dots]
-        speed_axis.plot(measured_sizes, speed, "o", color=color)
-    for axis in (saved_axis, speed_axis):
-        axis.set(xlabel=f"audio tokens Na (Nt {Nt})", yscale="log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.minorticks_off()
-    speed_axis.legend()
-    Path(o.out).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(o.out) / f"bench-{o.llm}.png", dpi=140)
+        rows = [r for r in measured if (r["mode"], r["Nt"]) == (mode, Nt) and "rate" in r]
+        dots = [row["Na"] for row in rows]
+        memory_lines[mode] = (sizes, [predict_saved_bytes(o, w) / 1e6 for w in line],
+                              dots, [row["columns"]["saved MB"] for row in rows])
+        speed_lines[mode] = (sizes, [w.B * rate / train_flops(c, w, causal=True) for w in line],
+                             dots, [o.batch / total_seconds(row) for row in rows])
+    draw(draw_costs, Path(o.out) / f"bench-{o.llm}.png",
+         f"{o.llm}, {o.dtype}, batch {o.batch}; lines predicted, dots measured",
+         f"audio tokens Na (Nt {Nt})",
+         {"MB saved for backward": memory_lines,
+          f"training steps, samples/s\n(lines: at {rate / 1e9:.3g} GFLOP/s)": speed_lines})
 
 
 # -------------------------------------------------------------------------------------- quality
 
 ARMS = {  # train.py's options
     "plits": {"mode": "plits"}, "lal": {}, "pal": {"mode": "pal"}, "attn": {"mode": "attn"},
-    "ffn": {"mode": "ffn"}, "flamingo": {"mode": "flamingo"},
-    "lal-upper": {"lal_layers": "2:"}, "lal-no-rope": {"config": "audio_rope=off"},
+    "ffn": {"mode": "ffn"}, "flamingo": {"mode": "flamingo"}, "hybrid": {"mode": "hybrid"},
+    "residual": {"mode": "residual"}, "pal-summary": {"mode": "pal-summary"},
+    "lal-no-rope": {"config": "audio_rope=off"},
     "lal-qformer": {"connector": "qformer"}, "lal-lfst": {"connector": "lfst"},
     "lal-ffn-frozen": {"freeze": "ffn"}, "lal-lora": {"freeze": "lora"},
     "lal-llm-frozen": {"freeze": "llm"}, "plits-llm-frozen": {"freeze": "llm", "mode": "plits"},
-    "hybrid": {"mode": "hybrid"}, "residual": {"mode": "residual"},
-    "pal-summary": {"mode": "pal-summary"},
+    "lal-lower": {"lal_layers": ":2"}, "lal-upper": {"lal_layers": "2:"},
+    "clap-plits": {"encoders": "clap", "mode": "plits"}, "clap-lal": {"encoders": "clap"},
+    "clap-lal-no-rope": {"encoders": "clap", "config": "audio_rope=off"},
 }
-# Every other table of routes, named by its letters: plp is Whisper PLITS, SSLAM LAL, CLAP PLITS
+# Of one encoder half of the layers alone, and every table of routes that is no mode, named by its
+# letters: plp is Whisper PLITS, SSLAM LAL, CLAP PLITS
+KINDS = ("whisper", "sslam", "clap")
+ARMS |= {f"{kind}-{half}": {"lal_layers": f"{kind}={layers}"} for kind in KINDS
+         for half, layers in (("lower", ":2"), ("upper", "2:"))}
 ARMS |= {"".join(letters): {"routes": ",".join(
              f"{kind}={'plits' if letter == 'p' else 'lal'}"
-             for kind, letter in zip(("whisper", "sslam", "clap"), letters))}
+             for kind, letter in zip(KINDS, letters))}
          for letters in product("pl", repeat=3) if "".join(letters) not in ("ppp", "lll", "pll")}
 QUESTIONS = 16  # in a training step
 CLIPS = {"clips": 2000, "test_clips": 200}
@@ -607,30 +607,40 @@ def quality(o):
     arms = list(ARMS) if o.arms == "all" else o.arms.split(",")
     if not set(arms) <= set(ARMS):
         raise ValueError(f"--arms {o.arms}: choose all, or from {','.join(ARMS)}")
+    lengths = [o.steps // 8, o.steps // 4, o.steps // 2, o.steps] if o.curves else [o.steps]
     device = pick_device(o.device)
-    runs = {(arm, seed): None for seed in range(o.seeds) for arm in arms}
-    for arm, seed in tqdm(runs, desc="runs"):
-        runs[arm, seed] = train_and_score(arm_options(o, arm, seed))
+    runs = {run: None for run in product(range(o.seeds), lengths, arms)}
+    for seed, steps, arm in tqdm(runs, desc="runs"):
+        runs[seed, steps, arm] = train_and_score(arm_options(o, arm, seed, steps))
     rows = []
     for arm in arms:
-        scores = [task_scores(runs[arm, seed]["scores"]) for seed in range(o.seeds)]
-        shares = {task: mean_and_deviation([100 * s[task] for s in scores]) for task in scores[0]}
-        rows.append({"arm": arm, **shares, **step_cost(arm_options(o, arm, 0), device, o.rounds)})
-    print_table(f"% exactly right, mean ± sample standard deviation over seeds; {o.steps} steps of "
-                f"{QUESTIONS} questions; what a step of stage 3 costs", rows)
-    runs = [{"arm": arm, "seed": seed, **run} for (arm, seed), run in runs.items()]
+        cost = step_cost(arm_options(o, arm, 0, o.steps), device, o.rounds)
+        for steps in lengths:
+            scores = [task_scores(runs[seed, steps, arm]["scores"]) for seed in range(o.seeds)]
+            shares = {task: mean_and_deviation([100 * s[task] for s in scores])
+                      for task in scores[0]}
+            rows.append({"arm": arm, "steps": steps, **shares, **cost})
+    print_table("% exactly right, mean ± sample standard deviation over seeds, and what a step of "
+                f"{QUESTIONS} questions costs", rows)
+    if o.curves:
+        draw(draw_learning, Path(o.out) / "learning.png", {row["arm"]: [
+            (steps * row["GFLOPs"] / 1000, steps * row["ms"] / 1000,
+             [100 * runs[seed, steps, row["arm"]]["scores"]["all all"]["model"]
+              for seed in range(o.seeds)]) for steps in lengths] for row in rows})
+    runs = [{"arm": arm, "seed": seed, **run} for (seed, _, arm), run in runs.items()]
     print(json.dumps({"settings": asdict(o), "machine": describe_machine(str(device)),
                       "quality": rows, "runs": runs}))
 
 
-def arm_options(o, arm, seed):
+def arm_options(o, arm, seed, steps):
     """train.py's Options for an arm. The arms of a seed share a cache of features."""
-    steps1, steps2 = o.steps // 12, o.steps // 5  # train.py's proportions
+    steps1, steps2 = steps // 12, steps // 5  # train.py's proportions
     folder = Path(o.out) / "quality"
     return train.Options(**ARMS[arm], **CLIPS, seed=seed, difficulty=o.difficulty, base=o.base,
                          batch=QUESTIONS, steps1=steps1, steps2=steps2,
-                         steps3=o.steps - steps1 - steps2, device=o.device,
-                         out=str(folder / f"{arm}-{seed}"), feature_cache=str(folder / "features"))
+                         steps3=steps - steps1 - steps2, device=o.device,
+                         out=str(folder / f"{arm}-{seed}-{steps}"),
+                         feature_cache=str(folder / "features"))
 
 
 def train_and_score(options):
@@ -669,24 +679,33 @@ def mean_and_deviation(values):
 def make_arm(options):
     """The AudioLLM of an arm, new, with the parameters that stage 3 trains."""
     torch.manual_seed(options.seed)
-    model = load_base(options.base, options.routes or options.mode, train.make_config(options))
+    model = load_base(options.base, options.routes or options.mode, train.make_config(options),
+                      options.encoders)
     train.make_optimizer(model, train.curriculum(options)[-1].rates, options.freeze)
     return model.train()
 
 
 def step_cost(options, device, rounds):
-    """What a step with one question about each of so many clips costs an arm."""
+    """What a step of stage 3 costs an arm, the mean of its first four, of new weights."""
     model = make_arm(options).to(device)
-    clips, items = load_world("train", QUESTIONS, options.seed, options.difficulty)
+    clips, items = load_world("train", 4 * QUESTIONS, options.seed, options.difficulty)
+    add_token_ids(model.tokenizer, items)
+    with redirect_stdout(io.StringIO()):
+        batches = train.plan_stages(items, replace(options, stage="3"))[0][2]
     features = train.extract_features(model, clips)
-    items = {item["clip"]: item for item in add_token_ids(model.tokenizer, items)}
-    loss = partial(train.answer_loss, model.train(), features, list(items.values()))
-    flops, _ = count_flops(lambda: loss().backward())
-    times = time_in_turns({"step": lambda: loss().backward()}, device, rounds)["step"]
+    batches = [[items[i] for i in batch] for batch in islice(batches, 4)]
+    losses = [partial(train.answer_loss, model.train(), features, batch) for batch in batches]
+
+    def steps():
+        for loss in losses:
+            loss().backward()
+
+    times = time_in_turns({"steps": steps}, device, rounds)["steps"]
     return {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "GFLOPs": flops / 1e9,
-            "saved MB": count_saved_bytes(loss, model.parameters()) / 1e6,
-            "ms": 1000 * statistics.median(times)}
+            "GFLOPs": count_flops(steps)[0] / len(losses) / 1e9,
+            "saved MB": statistics.mean(count_saved_bytes(loss, model.parameters())
+                                        for loss in losses) / 1e6,
+            "ms": 1000 * statistics.median(times) / len(losses)}
 
 
 # -------------------------------------------------------------------------------------- options
@@ -714,7 +733,9 @@ class Options:
                            group="learning")
     arms: str = option("all", "with --quality: which, like lal,pal: " + ", ".join(ARMS))
     seeds: int = option(3, "with --quality: runs of each arm, seeds 0, 1...", low=1)
-    steps: int = option(500, "with --quality: training steps of an arm")
+    steps: int = option(500, "with --quality: training steps of an arm", low=8)
+    curves: bool = option(False, "with --quality: train an eighth, a quarter and half as long too, "
+                                 "and draw what is learnt by how much computing")
     difficulty: int = option(1, "with --quality: of the world", high=2)
     base: str = option("assets/base.pt", "with --quality: the miniature encoders and LLM")
 

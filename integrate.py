@@ -19,6 +19,7 @@ B batch, T text tokens, N audio tokens, D the LLM's width, De an encoder's width
 L queries, H heads, d head width.
 """
 import math
+import re
 from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from itertools import groupby
@@ -42,6 +43,7 @@ class Segment(NamedTuple):
     route: str                     # plits: run through the LLM; any other is for `write`, as lal is
     tokens: torch.Tensor           # (B or 1, N, D): embedded text, or audio in the LLM's width
     lengths: torch.Tensor = None   # (B,): rows may have fewer than N tokens, the rest is padding
+    layers: list = None            # the layers that LAL writes; None: all
 
 
 def hear(llm, audio, route, cache=None, layers=None, positions=None, rotate_keys=True):
@@ -85,9 +87,10 @@ def project_normalized(proj, normalized, gain):
 def prefill(llm, segments, cache=None, write=hear):
     """Run or write segments, in order of position, into the cache; returns the last hidden states.
 
-    Neighbours of one route are joined to a group. A PLITS group is one call of the decoder over
-    the cache. Any other group is written: write(llm, tokens, route, cache, positions=...), such as
-    `hear`, announces the tokens by cache.extend and appends keys and values to each such layer.
+    Neighbours of one route and layers are joined to a group. A PLITS group is one call of the
+    decoder over the cache. Any other group is written: write(llm, tokens, route, cache, layers,
+    positions), as `hear`, announces the tokens by cache.extend and appends keys and values to each
+    of the layers.
     segments: a list of Segment; text is "plits". cache: a KVCache that is extended in place (None:
     a new one). Returns (B, n, D), the hidden states of the last group, None if it was not run.
 
@@ -104,7 +107,7 @@ def prefill(llm, segments, cache=None, write=hear):
     cache = KVCache(llm.config.num_hidden_layers) if cache is None else cache
     hidden, B = None, 1
     segments = [segment for segment in segments if segment.tokens.shape[1]]
-    for route, group in groupby(segments, key=lambda segment: segment.route):
+    for (route, layers), group in groupby(segments, key=lambda s: (s.route, s.layers)):
         group = list(group)
         tokens = reduce(cat_broadcast, [segment.tokens for segment in group])  # (1 or B, n, D)
         positions = padded_positions(group, cache.next_position)
@@ -113,7 +116,7 @@ def prefill(llm, segments, cache=None, write=hear):
             hidden = llm.model(tokens.expand(B, -1, -1), positions, cache)
         else:
             hidden = None
-            write(llm, tokens, route, cache, positions=positions)
+            write(llm, tokens, route, cache, layers, positions)
     return hidden
 
 
@@ -137,10 +140,10 @@ def pal(llm, ids, prefix, side, before=None, layers=None):
     nothing of side. before (B or 1, Tb): ids in front of the audio, which see nothing of it.
     """
     segments = [] if before is None else [Segment("plits", llm.embed(before))]
-    segments += [Segment(route, audio) for route, audio in (("plits", prefix), ("lal", side))
-                 if audio is not None]
+    segments += [] if prefix is None else [Segment("plits", prefix)]
+    segments += [] if side is None else [Segment("lal", side, layers=layers)]
     segments.append(Segment("plits", llm.embed(ids)))
-    hidden = prefill(llm, segments, write=partial(hear, layers=layers))
+    hidden = prefill(llm, segments)
     return llm.head(hidden[:, -ids.shape[1]:])
 
 
@@ -187,7 +190,7 @@ class IntegrationConfig:
     queries: int = 32          # of a Q-Former
     grid_steps: int = 32       # of LFST, but no more than the coarsest of its encoders has
     grid_bands: int = 2        # of LFST
-    lal_layers: str = "all"    # the layers that LAL writes, see parse_layers
+    lal_layers: str = "all"    # the layers that LAL writes, see layers_by_encoder
     audio_rope: str = "on"     # off: LAL's keys are not rotated; the mask knows their positions
     flamingo_every: int = 1    # flamingo: one gated layer for so many of the LLM's
     whisper_seconds: int = 30  # no more of a clip: short clips then cost less, see Whisper.crop
@@ -208,6 +211,18 @@ def parse_layers(text, count):
         raise ValueError(f"lal-layers {text}: expected all, or of 0 to {count - 1}: "
                          "2: or ::2 or 0,1")
     return sorted(layers)
+
+
+def layers_by_encoder(text, routes, count):
+    """{kind: layers that LAL writes of its tokens, None for all}: "2:" is for every encoder that
+    goes LAL's way, "sslam=2:,clap=0,1" for those it names. routes: {kind: route}."""
+    able = [kind for kind, route in routes.items() if route == "lal"]
+    named = dict.fromkeys(able, text)
+    if "=" in text:
+        named = dict(entry.split("=", 1) for entry in re.split(",(?=[a-z]+=)", text))
+    if text != "all" and not (named and set(named) <= set(able)):
+        raise ValueError(f"lal-layers {text}: here these go LAL's way: {', '.join(able) or 'none'}")
+    return {kind: parse_layers(named.get(kind, "all"), count) for kind in routes}
 
 
 def pool(tokens, size):
@@ -445,18 +460,19 @@ class AudioLLM(nn.Module):
         # a joint connector reads the encoders' tokens one by one
         self.pool_sizes = {kind: 1 if connector.joint else encoders[kind].pool_size
                            for connector, kinds in plan.values() for kind in kinds}
-        for kinds in self.connector_inputs.values():
-            if len({self.routes[kind] for kind in kinds}) > 1:
-                raise ValueError(f"{' and '.join(kinds)} share a connector: give them one route")
-        layers = parse_layers(config.lal_layers, llm.config.num_hidden_layers)
         if config.audio_rope not in ("on", "off"):
             raise ValueError(f"audio_rope {config.audio_rope}: expected on or off")
-        rotate_keys = config.audio_rope == "on"
-        self.write = partial(hear, layers=layers, rotate_keys=rotate_keys)
+        self.write = partial(hear, rotate_keys=config.audio_rope == "on")
         if MODES.get(mode):
             MODES[mode](self)
-        if (layers or not rotate_keys) and "lal" not in self.routes.values():
-            raise ValueError(f"lal-layers, audio_rope: mode {mode} does not use them")
+        self.layers = layers_by_encoder(config.lal_layers, self.routes,
+                                        llm.config.num_hidden_layers)
+        for kinds in self.connector_inputs.values():
+            if len({(self.routes[kind], str(self.layers[kind])) for kind in kinds}) > 1:
+                raise ValueError(f"{' and '.join(kinds)} share a connector: give them one route, "
+                                 "and the same layers")
+        if config.audio_rope == "off" and "lal" not in self.routes.values():
+            raise ValueError(f"audio_rope: mode {mode} has no keys of LAL's")
         for encoder in self.encoders.values():
             encoder.requires_grad_(not encoder.frozen)
         self.train(self.training)
@@ -520,7 +536,7 @@ class AudioLLM(nn.Module):
         for name, kinds in self.connector_inputs.items() if any(features) else ():
             batches = [pad_batch([f[kind] for f in features], self.device) for kind in kinds]
             tokens, lengths = self.connectors[name](*zip(*batches))
-            segments.append(Segment(self.routes[kinds[0]], tokens, lengths))
+            segments.append(Segment(self.routes[kinds[0]], tokens, lengths, self.layers[kinds[0]]))
         return segments
 
     def forward(self, features, ids, clip_index=None):

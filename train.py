@@ -540,7 +540,8 @@ class Options:
     connector: str = option(None, "auto: lfst for sslam with clap, else mlp; default: mlp for the "
                                   "miniatures, else auto", choices=("auto", *CONNECTORS))
     config: str = option(None, "IntegrationConfig's fields, like queries=16,audio_rope=off")
-    lal_layers: str = option("all", "layers that LAL writes: all, 2: or ::2 or 0,1")
+    lal_layers: str = option("all", "layers that LAL writes: all, 2: or ::2 or 0,1; or of each "
+                                    "encoder, like sslam=2:,clap=:2")
     freeze: str = option("none", "LLM weights never to train: ffn, all (llm), or all but low-rank "
                                  "updates (lora)", choices=("none", "ffn", "llm", "lora"))
     train_encoders: bool = option(False, "train the encoders too, whenever the LLM is trained")

@@ -130,6 +130,43 @@ def draw_curves(folder):
         right.legend()
 
 
+def draw_costs(path, title, xlabel, panels):
+    """What modes cost against the number of audio tokens, predicted as lines, measured as dots.
+
+    panels: {title: {mode: (sizes, values, dots' sizes, dots' values)}}, one or more.
+    """
+    from matplotlib.ticker import LogLocator
+    with open_figure(path, 1, len(panels), figsize=(9, 4), squeeze=False) as axes:
+        axes[0, 0].figure.suptitle(title)
+        for ax, (name, modes) in zip(axes[0], panels.items()):
+            for (mode, (x, y, *dots)), colour in zip(modes.items(), COLOURS.values()):
+                ax.plot(x, y, color=colour, label=mode.upper())
+                ax.plot(*dots, "o", color=colour)
+            ax.set(title=name, xlabel=xlabel, yscale="log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.minorticks_off()
+        axes[0, -1].legend()
+
+
+def draw_learning(path, arms):
+    """The share of right answers against the computing that it took to learn them.
+
+    arms: {name: points}, each (TFLOPs, seconds, [% right of each seed]); bands span the seeds.
+    """
+    with open_figure(path, 1, 2, figsize=(9, 4), sharey=True) as axes:
+        for ax, axis, label in zip(axes, (0, 1), ("TFLOPs of training", "seconds of training")):
+            for (name, points), colour in zip(arms.items(), COLOURS.values()):
+                x, shares = [point[axis] for point in points], [point[2] for point in points]
+                ax.plot(x, [sum(s) / len(s) for s in shares], "o-", color=colour, label=name)
+                ax.fill_between(x, [min(s) for s in shares], [max(s) for s in shares],
+                                color=colour, alpha=0.2, linewidth=0)
+            ax.set(xlabel=label, xscale="log")
+            ax.xaxis.set_major_formatter("{x:g}")
+        axes[0].set_ylabel("% exactly right")
+        axes[0].legend()
+
+
 def attention_report(model, clips, seed, difficulty):
     """Does a model look at what it names? Prints how much of the attention that the last word of
     its answer ("a siren") gives to SSLAM's tokens, or LFST's, falls on the sound's time, and how

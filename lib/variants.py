@@ -31,7 +31,7 @@ def announce(llm, audio, cache, positions):
     return rotary(positions, llm.config, audio.dtype), mask
 
 
-def write_attention_only(llm, audio, route, cache, positions=None):
+def write_attention_only(llm, audio, route, cache, layers=None, positions=None):
     """Run audio tokens (B, N, D) through the attention of every layer, without feed-forward."""
     angles, mask = announce(llm, audio, cache, positions)
     x = audio
@@ -48,7 +48,7 @@ def write_layer(block, x, angles, cache, i):
     return v
 
 
-def write_feed_forward_only(llm, audio, route, cache, positions=None):
+def write_feed_forward_only(llm, audio, route, cache, layers=None, positions=None):
     """Run audio tokens (B, N, D) through the feed-forward part of every layer, without attention;
     each layer's keys and values are those of what the layers before it made."""
     angles = rotary(cache.extend(audio, positions), llm.config, audio.dtype)
@@ -58,7 +58,7 @@ def write_feed_forward_only(llm, audio, route, cache, positions=None):
         x = x + block.mlp(block.post_attention_layernorm(x))
 
 
-def write_hybrid(llm, audio, route, cache, positions=None):
+def write_hybrid(llm, audio, route, cache, layers=None, positions=None):
     """Run audio tokens (B, N, D) through layers 0, 2, 4 and so on; write them in the others."""
     angles, mask = announce(llm, audio, cache, positions)
     x = audio
@@ -69,7 +69,7 @@ def write_hybrid(llm, audio, route, cache, positions=None):
             x = block(x, angles, mask, cache, i)
 
 
-def write_residual(shares, llm, audio, route, cache, positions=None):
+def write_residual(shares, llm, audio, route, cache, layers=None, positions=None):
     """Write audio tokens (B, N, D), which move on from layer to layer: x + tanh(share) W_O v, as if
     each token attended to itself alone. shares (layers,) are learnt, from 0 on, which is LAL."""
     angles = rotary(cache.extend(audio, positions), llm.config, audio.dtype)
@@ -83,7 +83,7 @@ def write_residual(shares, llm, audio, route, cache, positions=None):
 def add_residual(model):
     shares = nn.ParameterList([torch.zeros(model.llm.config.num_hidden_layers)])
     model.connectors["residual"] = shares
-    model.write = lambda *args, **kwargs: write_residual(shares[0], *args, **kwargs)
+    model.write = lambda *args: write_residual(shares[0], *args)
 
 
 class Summary(nn.Module):
@@ -145,7 +145,7 @@ def add_flamingo(model):
         model.llm.model.layers[i].register_forward_pre_hook(partial(read_audio, gated[n], n))
 
 
-def write_flamingo(gated, llm, audio, route, cache, positions=None):
+def write_flamingo(gated, llm, audio, route, cache, layers=None, positions=None):
     """Keep the audio's keys and values (B, N, H, d) for each gated layer in the cache's `extra`, so
     that a clip is heard once for many questions. It takes no place among the positions."""
     valid = torch.ones(audio.shape[:2], dtype=torch.bool, device=audio.device)

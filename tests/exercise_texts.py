@@ -109,23 +109,22 @@ FILL_INS = (
     Exercise(
         7, "integrate.py", "prefill", "PLITS over a cache: run or write, group by group", 45, 3,
         "Go through the segments in order; leave out those without tokens; neighbours of one\n"
-        "route are one group. tokens: those of a group, joined by cat_broadcast along\n"
+        "route and one `layers` are one group. tokens: those of a group, joined by cat_broadcast along\n"
         "dimension 1. positions: padded_positions(group, cache.next_position), before the\n"
         "group goes in. A plits group is one call llm.model(tokens, positions, cache), which\n"
         "returns hidden states; its tokens are expanded to the largest batch so far. Any\n"
-        "other group goes to write(llm, tokens, route, cache, positions=positions) and\n"
+        "other group goes to write(llm, tokens, route, cache, layers, positions) and\n"
         "returns nothing. Return the hidden states of the last group, None if it was written\n"
         "or there is none.",
-        ("itertools.groupby with key=lambda segment: segment.route makes the groups.",
+        ("itertools.groupby with key=lambda s: (s.route, s.layers) makes the groups.",
          "functools.reduce(cat_broadcast, [...]) joins; a batch of one is expanded by it.",
          "A group that is written sets hidden to None; largest batch: max over groups so far."),
         then="python -m pytest tests/test_integrate.py"),
     Exercise(
         8, "integrate.py", "pal", "PAL's order of segments", 20, 2,
         "Lay out the segments: `before` (embedded ids, route plits), prefix (plits), side\n"
-        "(lal), the embedded ids of the text (plits); what is None is left out. prefill them,\n"
-        "with partial(hear, layers=layers) as `write`. Return llm.head of the text's hidden\n"
-        "states alone.",
+        "(lal, with `layers`), the embedded ids of the text (plits); what is None is left out.\n"
+        "prefill them. Return llm.head of the text's hidden states alone.",
         ("Segment(route, tokens); llm.embed(ids) is (B, T, D).",
          "With plits everything is one group: hidden has more than the text, the text is its end.",
          "hidden[:, -ids.shape[1]:]"),

@@ -363,11 +363,11 @@ def test_arms_are_trained_scored_and_not_trained_again(call, base, brief, monkey
     monkeypatch.setattr(bench, "CLIPS", {"clips": 5, "test_clips": 4})
     monkeypatch.setattr(bench, "QUESTIONS", 8)
     monkeypatch.setattr(bench.train, "VALIDATION_CLIPS", 1)
-    options = "--quality", "--arms", "llp,lal-ffn-frozen", "--steps", "5", "--rounds", "1"
+    options = "--quality", "--arms", "llp,lal-ffn-frozen", "--steps", "8", "--rounds", "1"
     code, stdout, _ = call(bench, *options, "--base", base, "--seeds", "1")
     assert code == 0
     first = json.loads(stdout.splitlines()[-1])["runs"]
-    unfinished = tmp_path / "out" / "quality" / "lal-ffn-frozen-0" / "metrics.jsonl"
+    unfinished = tmp_path / "out" / "quality" / "lal-ffn-frozen-0-8" / "metrics.jsonl"
     lines = unfinished.read_text().splitlines()
     assert first[1] == {"arm": "lal-ffn-frozen", "seed": 0, **json.loads(lines[-1])}
     unfinished.write_text("\n".join(lines[:-1]) + "\n")  # broken off
@@ -419,7 +419,7 @@ def test_shares_of_a_task_are_of_the_questions_in_all_domains():
 
 @pytest.mark.parametrize("arm", bench.ARMS)
 def test_every_arm_of_the_comparison_can_be_made_and_counted(arm, base):
-    options = bench.arm_options(bench.Options(base=str(base), steps=0), arm, 0)
+    options = bench.arm_options(bench.Options(base=str(base)), arm, 0, 8)
     model = bench.make_arm(options)
     assert model.mode == (options.routes or options.mode)
     features = [{kind: torch.randn(2 * e.grid[1], e.width) for kind, e in model.encoders.items()}]

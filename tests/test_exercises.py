@@ -296,9 +296,10 @@ class Recorder:
         self.calls = []
         self.config = SimpleNamespace(num_hidden_layers=1)
 
-    def note(self, name, tokens, positions, cache):
+    def note(self, name, tokens, positions, cache, layers=None):
         listed = None if positions is None else positions.tolist()
-        self.calls.append((name, tuple(tokens.shape), listed))
+        layers = () if layers is None else (layers,)
+        self.calls.append((name, tuple(tokens.shape), listed, *layers))
         cache.extend(tokens, positions)
 
     def model(self, x, positions=None, cache=None):
@@ -306,7 +307,7 @@ class Recorder:
         return 2 * x
 
     def write(self, llm, audio, route, cache=None, layers=None, positions=None):
-        self.note(route, audio, positions, cache)
+        self.note(route, audio, positions, cache, layers)
 
 
 def test_ex07_groups_are_run_or_written_in_order():
@@ -324,6 +325,10 @@ def test_ex07_groups_are_run_or_written_in_order():
     equal(prefill(Recorder(), segments[:3], write=llm.write), None,
           "hidden states where the last group is written")
     equal(prefill(Recorder(), [], write=llm.write), None, "hidden states of nothing")
+    llm, upper = Recorder(), Segment("lal", random(2, 1, 4), layers=[0])
+    prefill(llm, [segments[2], upper, upper], write=llm.write)
+    equal(llm.calls, [("lal", (2, 4, 4), None), ("lal", (2, 2, 4), None, [0])],
+          "calls of segments for all layers, and for some")
     llm, cache = Recorder(), KVCache(1)
     hidden = prefill(llm, [segments[2], Segment("plits", random(1, 2, 4))], cache, llm.write)
     equal(llm.calls, [("lal", (2, 4, 4), None), ("run", (2, 2, 4), None)],

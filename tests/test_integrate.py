@@ -38,8 +38,9 @@ ROUTES = {"plits": ("plits", "plits"), "lal": ("lal", "lal"), "pal": ("plits", "
 WRITE = {"attn": write_attention_only, "ffn": write_feed_forward_only}
 
 
-def audio_segments(mode, first, second, lengths=(None, None)):
-    return [Segment(*segment) for segment in zip(ROUTES[mode], (first, second), lengths)]
+def audio_segments(mode, first, second, lengths=(None, None), layers=None):
+    return [Segment(*segment, layers)
+            for segment in zip(ROUTES[mode], (first, second), lengths)]
 
 
 def in_mode(mode, llm, ids, first, second, before=None):
@@ -276,7 +277,7 @@ def test_the_kernel_gets_the_causal_mask_unless_there_is_padding(mode, layers, p
     llm, ids, a = setting(4)
     lengths = (torch.tensor([4, 2]), torch.tensor([3, 5])) if padded else (None, None)
     segments = [Segment("plits", llm.embed(torch.tensor([[1]]))),
-                *audio_segments(mode, a[:, :4], a[:, 4:], lengths),
+                *audio_segments(mode, a[:, :4], a[:, 4:], lengths, layers),
                 Segment("plits", llm.embed(ids))]
     masks = []
 
@@ -286,13 +287,13 @@ def test_the_kernel_gets_the_causal_mask_unless_there_is_padding(mode, layers, p
 
     attend = Attention.forward
     monkeypatch.setattr(Attention, "forward", record)
-    hidden = prefill(llm, segments, write=partial(hear, layers=layers))
+    hidden = prefill(llm, segments)
     names = ["none" if mask is None else "causal" if isinstance(mask, CausalBias) else "positions"
              for mask in masks]
     assert names == [name for name in expected for _ in range(3)]
     monkeypatch.setattr(model_module, "attention_mask", lambda queries, keys, no_padding, dtype:
                         position_mask(queries, keys, dtype))
-    assert same(hidden, prefill(llm, segments, write=partial(hear, layers=layers)))
+    assert same(hidden, prefill(llm, segments))
 
 
 def test_what_is_only_written_returns_no_hidden_states():
@@ -659,7 +660,7 @@ def test_lfst_is_the_default_for_sslam_and_clap_together():
     # of 0.4 s in 1.6 CLAP makes four copies: three of SSLAM's columns of 0.16 s count, and five
     # of CLAP's of 0.094 s, and as many of LFST's steps, here SSLAM's, as begin before they end
     assert [len(features[1][kind]) for kind in ("sslam", "clap")] == [3 * 8, 5 * 4]
-    (_, whisper, _), (_, tokens, lengths) = model.segments(features)[1:]
+    (_, whisper, *_), (_, tokens, lengths, _) = model.segments(features)[1:]
     assert tokens.shape[1] == 3 * 10 and lengths.tolist() == [3 * 10, 3 * 3]
     assert len(audio_llm("lal", config=IntegrationConfig("mlp"), clap=True).connectors) == 3
 
@@ -675,6 +676,23 @@ def test_layers_left_out_hold_no_audio_keys_and_values(mode):
     assert [k.shape[1] for k in model.hear(features).keys] == [written, left_out, written]
 
 
+def test_each_encoder_has_layers_of_its_own():
+    """Two LAL encoders at layers of their own are heard there and nowhere else; at the same layers
+    the model is that of one setting for both."""
+    model = audio_llm("lal", config=IntegrationConfig(lal_layers="whisper=:1,sslam=0,2"))
+    model.connectors.double()
+    features = doubled(model.features([clip(1.6)]))
+    whisper, sslam = (len(features[0][kind]) for kind in ("whisper", "sslam"))
+    keys = model.hear(features).keys
+    assert [k.shape[1] for k in keys] == [1 + whisper + sslam, 1, 1 + sslam]
+    alike = [audio_llm("lal", config=IntegrationConfig(lal_layers=layers)).double()
+             for layers in ("1:", "whisper=1:,sslam=1:")]
+    ids = torch.tensor([[5, 6, 7]])
+    assert same(*(m(features, ids) for m in alike))
+    named = audio_llm("lal", config=IntegrationConfig(lal_layers="sslam=1:"))
+    assert named.layers == {"whisper": None, "sslam": [1, 2]}
+
+
 def test_without_positions_the_whole_model_cannot_tell_before_from_after():
     ids = torch.tensor([[5, 6, 7]])
     for audio_rope, alike in (("off", True), ("on", False)):
@@ -688,6 +706,9 @@ def test_without_positions_the_whole_model_cannot_tell_before_from_after():
 @pytest.mark.parametrize("mode, config, word", [
     ("plits", {"lal_layers": "1:"}, "lal-layers"), ("attn", {"audio_rope": "off"}, "audio_rope"),
     ("flamingo", {"lal_layers": "0"}, "lal-layers"), ("lal", {"lal_layers": "7"}, "lal-layers 7"),
+    ("pal", {"lal_layers": "whisper=1:"}, "go LAL's way: sslam"),
+    ("lal", {"lal_layers": "sslam=1:,clap=1:"}, "go LAL's way: whisper, sslam"),
+    ("lal", {"lal_layers": "sslam=9"}, "lal-layers 9"),
     ("lal", {"connector": "perceiver"}, "connector perceiver: choose auto, mlp")])
 def test_configurations_that_do_not_go_together_are_one_line(mode, config, word):
     with pytest.raises(ValueError, match=word):
