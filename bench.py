@@ -67,6 +67,7 @@ MODES = (*PREFIX_SHARES, "pal-summary")
 RECIPE = ((2 * 1.2e6, True), (1.92e6, False), (5.68e6, False))
 GPU_FLOPS, UTILISATION = 312e12, 0.4  # an A100's in bfloat16, and what is reached of it
 MAX_MICRO_BATCH = 4096
+LOGIT_BYTES = 12  # at the peak: log-softmax, its gradient and that of the logits, in float32
 
 
 # ----------------------------------------------------------------------------------- arithmetic
@@ -517,7 +518,8 @@ def fit(o, Na, Nt):
     for mode in MODES:
         def needed(B, mode=mode):
             w = make_workload(mode, B, Na, Nt, o.share)
-            return fixed + memory(c, w, 2)["+ logits, softmax"]
+            return (fixed + saved_activation_bytes(c, w, 2)
+                    + LOGIT_BYTES * w.B * w.text * c.vocab_size)
 
         batch = bisect.bisect_right(range(1, 1 + MAX_MICRO_BATCH), 1e9 * o.fits, key=needed)
         w = make_workload(mode, 1, Na, Nt, o.share)

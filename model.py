@@ -61,10 +61,11 @@ def make_positions(start, count, lengths=None):
     start: an int, or a tensor (B, 1) when the rows differ. lengths (B,): how many of the tokens
     each row really has; the rest of the row is padding, at PAD_POSITION.
     """
-    steps = torch.arange(count, device=start.device if torch.is_tensor(start) else None)[None]
+    known = start if torch.is_tensor(start) else lengths
+    steps = torch.arange(count, device=None if known is None else known.device)[None]
     if lengths is None:
         return start + steps, start + count
-    steps, lengths = steps.to(lengths.device), lengths[:, None]
+    lengths = lengths[:, None].to(steps.device)
     return (start + steps).masked_fill(steps >= lengths, PAD_POSITION), start + lengths
 
 
@@ -424,19 +425,22 @@ class LLM(nn.Module):
         rng = None if seed is None else torch.Generator(batch.device).manual_seed(seed)
         hidden = self.model(self.embed(batch), positions, cache)
         hidden = hidden[torch.arange(B), lengths - 1]  # (B, D): of each prompt's last token
-        answers, ended = [[] for _ in prompts], [False] * B
+        answers, rows, ended = [[] for _ in prompts], list(range(B)), [False] * B
         eos_ids = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
         for step in range(max_new_tokens):
-            token = sample_token(self.head(hidden), temperature, top_p, rng)  # (B,)
-            new = token.tolist()
-            ended = [e or t in eos_ids for e, t in zip(ended, new)]
-            for answer, t, e in zip(answers, new, ended):
-                if not e:
-                    answer.append(t)
+            token = sample_token(self.head(hidden), temperature, top_p, rng)  # (rows,)
+            ended = [e or t in eos_ids for e, t in zip(ended, token.tolist())]
+            new = {row: t for row, t, e in zip(rows, token.tolist(), ended) if not e}
+            for row, t in new.items():
+                answers[row].append(t)
             if on_token:
-                on_token([None if e else t for t, e in zip(new, ended)])
-            if all(ended) or step == max_new_tokens - 1:
+                on_token([new.get(row) for row in range(B)])
+            if not new or step == max_new_tokens - 1:
                 break
+            if 2 * len(new) <= len(rows):  # rows that have ended would cost as much as the others
+                going = [i for i, e in enumerate(ended) if not e]
+                rows, ended, token = list(new), [False] * len(new), token[going]
+                cache = cache.fork(going, max_new_tokens - step)
             hidden = self.model(self.embed(token[:, None]), None, cache)[:, 0]
         return answers[0] if single else answers
 

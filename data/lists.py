@@ -10,6 +10,7 @@ task, dataset, and choices (texts of which the output is one).
 """
 import json
 import os
+import random
 import re
 import sys
 import tempfile
@@ -188,14 +189,14 @@ def remove_file(path, process):
 
 def wrong_clips(domains):
     """For each clip of {clip: its domain} another one of the same domain, so that it is wrong in
-    nothing but its content: half a list away, as neighbours in a sorted list may be the same
-    word. The only clip of a domain gets one of another, if any is."""
-    other = {}
-    for domain in set(domains.values()):
+    nothing but its content: the next one in an order drawn at random, as neighbours in a sorted
+    list may be the same word. The only clip of a domain gets one of another, if any is."""
+    other, rng = {}, random.Random(0)
+    for domain in dict.fromkeys(domains.values()):
         clips = [clip for clip in domains if domains[clip] == domain]
         foreign = [clip for clip in domains if domains[clip] != domain][:1]
-        half = len(clips) // 2
-        other |= dict(zip(clips, clips[half:] + clips[:half] if half else foreign))
+        rng.shuffle(clips)
+        other |= dict(zip(clips, clips[1:] + clips[:1] if len(clips) > 1 else foreign))
     return other
 
 

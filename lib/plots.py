@@ -146,7 +146,7 @@ def draw_costs(path, title, xlabel, panels):
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter("{x:g}")
             ax.minorticks_off()
-        axes[0, -1].legend()
+        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def draw_learning(path, arms):
@@ -164,7 +164,7 @@ def draw_learning(path, arms):
             ax.set(xlabel=label, xscale="log")
             ax.xaxis.set_major_formatter("{x:g}")
         axes[0].set_ylabel("% exactly right")
-        axes[0].legend()
+        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside right center")
 
 
 def attention_report(model, clips, seed, difficulty):

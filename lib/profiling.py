@@ -98,6 +98,10 @@ class OperationNames(TorchDispatchMode):
         self.names = set()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        with self:  # in inference mode torch leaves it to us to take a composite operation apart
+            result = operation.decompose(*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
         self.names.add(operation._schema.name)
         return operation(*args, **(kwargs or {}))
 
@@ -125,7 +129,7 @@ def limit_memory(device, gigabytes):
     Without CUDA only Linux can."""
     if device.type == "cuda":
         share = gigabytes * 1e9 / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device.index or 0)
     elif sys.platform == "linux":
         import resource
         resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 1e9),) * 2)

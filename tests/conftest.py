@@ -5,6 +5,7 @@ import io
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
@@ -39,6 +40,8 @@ def base(tmp_path_factory):
         patch.setattr(pretrain, "LLMConfig", ShallowLLMConfig)
         for encoder, config in SHALLOW.items():
             patch.setitem(encoder.sizes, "mini", config)
+        # where torch has CUDA, a process that has computed gradients may not be forked
+        patch.setattr(pretrain, "ProcessPoolExecutor", lambda n: ThreadPoolExecutor(1))
         pretrain.pretrain(pretrain.Options(str(path), llm_steps=1, encoder_clips=2,
                                            encoder_steps=1))
     return path

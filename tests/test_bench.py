@@ -164,6 +164,8 @@ def test_the_attention_kernel_is_named(mode):
     for backend, names in ((SDPBackend.FLASH_ATTENTION, ["flash"]), (SDPBackend.MATH, ["math"])):
         with sdpa_kernel(backend):
             assert attention_kernels(lambda: bench.text_loss(llm, *inputs)) == names
+            with torch.inference_mode():  # as `generate` runs
+                assert attention_kernels(lambda: bench.text_loss(llm, *inputs)) == names
 
 
 def test_the_limits_are_what_the_ratios_tend_to():
@@ -325,7 +327,7 @@ def test_a_process_that_is_killed_is_a_row_too(capsys, monkeypatch):
     (["gpt-5", "llama-3.2-1b", "qwen2.5-1.5b"], ["--llm", "gpt-5"]),
     (["--na", "whole numbers"], ["--na", "12,x"]),
     (["--arms", "lal-qformer"], ["--quality", "--arms", "lal,lol"]),
-    (["llama-3.2-1b", "4.9 GB", "1 GB"], ["--llm", "llama-3.2-1b", "--memory", "1"]),
+    (["llama-3.2-1b", "4.9 GB", "1 GB"], ["--device", "cpu", "--llm", "llama-3.2-1b", "--memory", "1"]),
     (["--hf-reference", "pip install transformers"],
      ["--measure", "turns", "--hf-reference", *TINY]),
 ])

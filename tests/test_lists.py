@@ -314,3 +314,11 @@ def test_the_wrong_clip_is_another_one_of_the_same_domain_if_there_is_one():
     assert all(other[clip] != clip for clip in domains)
     assert all(domains[other[clip]] == domains[clip] for clip in range(5))
     assert wrong_clips({0: "sound"}) == {}
+    # a list in order of word and speaker: the wrong clip is of the same speaker no more than by
+    # chance, wherever one looks for it
+    speakers = {f"{word} {speaker} {i}": speaker
+                for word in range(10) for speaker in "abcde" for i in range(5)}
+    other = wrong_clips(dict.fromkeys(speakers, "fsdd"))
+    assert sorted(other.values()) == sorted(speakers)
+    alike = sum(speakers[clip] == speakers[other[clip]] for clip in speakers)
+    assert 25 <= alike <= 75  # of 250, where chance is a fifth

@@ -91,6 +91,13 @@ def test_gradients_flow_through_the_growing_cache():
     assert torch.allclose(whole.grad, parts.grad, rtol=0, atol=1e-9)
 
 
+def test_positions_go_on_where_the_last_ones_lie_and_lengths_may_lie_elsewhere():
+    """As on a GPU, after padded audio: "meta" is a device that no other may be mixed with."""
+    start = torch.zeros(2, 1, dtype=torch.long, device="meta")
+    for tensor in make_positions(start, 3, torch.tensor([2, 3])):
+        assert tensor.device.type == "meta"
+
+
 def test_padding_is_a_position_that_no_query_reaches():
     llm = make(5)
     ids = torch.randint(50, (2, 8))
@@ -165,6 +172,22 @@ def test_generation_stops_at_the_end_of_text():
     seen = []
     llm.generate([[5, 6], [7, 8]], 12, eos_id=end, on_token=seen.append)
     assert [row[0] for row in seen if row[0] is not None] == free[:free.index(end)]
+
+
+def test_rows_that_have_ended_are_no_longer_run():
+    """Four questions; what ends two of the answers leaves the other two as they were."""
+    llm, prompts = make(1), [[3, 4, 5, 6, 7], [9], [1, 2, 30], [8, 8, 8]]
+    free = [llm.generate(p, 12) for p in prompts]
+    ends = [next(t for t in answer if not any(t in free[k] for k in (0, 2)))
+            for answer in (free[1], free[3])]
+    want = [[t for t in answer[:min([answer.index(e) for e in ends if e in answer] or [12])]]
+            for answer in free]
+    rows, seen = [], []
+    llm.model.register_forward_pre_hook(lambda model, inputs: rows.append(len(inputs[0])))
+    assert llm.generate(prompts, 12, eos_id=ends, on_token=seen.append) == want
+    assert rows[0] == 4 and rows[-1] == 2 and len(rows) == 12
+    assert [[step[i] for step in seen if step[i] is not None] for i in range(4)] == want
+    assert all(len(step) == 4 for step in seen)
 
 
 def test_sampling():
