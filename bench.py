@@ -6,8 +6,8 @@ machine's. The paper's are of a setting that it does not describe in full. "x" i
 to PLITS in the same setting, "less %" the memory saved against it. "Saved MB" is what the forward
 pass keeps for the backward pass, "peak MB", on a GPU, all memory. Utilisation is relative to this
 machine's own rate of matrix products. The accounting table has, for each way to count memory, the
-Na from which on LAL needs 64.1% less than PLITS, the Na from which on it is 247.5% faster, and the
-one setting with both. The last line of stdout is the whole result as JSON.
+Na from which on LAL needs 64.1% less than PLITS, and the Na from which on it is 247.5% faster. The
+last line of stdout is the whole result as JSON.
 
     python bench.py                                     # a small LLM, a minute or two on a CPU
     python bench.py --llm llama-3.2-1b                  # its shapes, random weights: for a GPU
@@ -38,14 +38,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
+from data.features import extract_features
 from data.lists import add_token_ids
 from data.pretrain import load_base
 from data.world import load_world
 from integrate import hear, pal
 from lib.cli import command_line, option, pick_device
-from lib.profiling import (attention_kernels, available_memory, count_flops, count_saved_bytes,
-                           describe_machine, limit_memory, print_table, product_rate, time_in_turns)
 from lib.plots import draw_costs, draw_learning
+from lib.profiling import (attention_kernels, available_memory, count_flops, count_saved_bytes,
+                           describe_machine, hf_reference_step, limit_memory, print_table,
+                           product_rate, time_in_turns)
+from lib.scores import mean_and_deviation, task_scores
+from lib.variants import ARMS
 from model import LLM, LLMConfig
 
 LLMS = {
@@ -274,17 +278,6 @@ def break_even(c, B, Nt, size, count):
             for name, cost in costs.items()]
 
 
-def joint_break_even(c, B, size, count, max_text=4096):
-    """(Na, Nt) where LAL reaches both of the paper's figures at once; None if there is none.
-    With less text memory asks for more audio than time does, with more text for less."""
-    def enough(Nt):
-        for_memory, for_speed = break_even(c, B, Nt, size, count)
-        return for_memory <= for_speed
-
-    Nt = bisect.bisect_left(range(max_text + 1), True, lo=1, key=enough)
-    return (break_even(c, B, Nt, size, count)[1], Nt) if Nt <= max_text else None
-
-
 # ---------------------------------------------------------------------------------- measurement
 
 def random_inputs(llm, w):
@@ -412,28 +405,6 @@ def sweep(o, rows):
             "inference": report(o, "infer", measured["infer"])}
 
 
-def hf_reference_step(llm, ids, audio):
-    """The same PLITS step by transformers' code, with the same weights: a function to be called."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("--hf-reference needs transformers: pip install transformers") from None
-    name = "Qwen2" if llm.config.qkv_bias else "Llama"
-    sizes = {k: v for k, v in asdict(llm.config).items() if k not in ("qkv_bias", "rope_scaling")}
-    config = getattr(transformers, name + "Config")(**sizes, attn_implementation="sdpa")
-    reference = getattr(transformers, name + "ForCausalLM")(config).to(audio.device, audio.dtype)
-    missing, unexpected = reference.load_state_dict(llm.state_dict(), strict=False)
-    assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
-
-    def step():
-        reference.zero_grad(set_to_none=True)
-        embeds = torch.cat([audio, reference.get_input_embeddings()(ids)], dim=1)
-        output = reference(inputs_embeds=embeds, logits_to_keep=ids.shape[1], use_cache=False)
-        cross_entropy(output.logits, ids).backward()
-
-    return step
-
-
 def compare_in_turns(o, Na, Nt):
     """Training steps of every mode, and transformers', in turns in one process; each one's best."""
     llm = make_llm(o)
@@ -445,7 +416,7 @@ def compare_in_turns(o, Na, Nt):
         steps[mode] = partial(train_step, llm, ids, *audio)
         if mode == "plits" and o.hf_reference:
             flops["transformers"] = flops[mode]
-            steps["transformers"] = hf_reference_step(llm, ids, audio[0])
+            steps["transformers"] = hf_reference_step(llm, ids, audio[0], cross_entropy)
     times = time_in_turns(steps, torch.device(o.device), o.rounds)
     best = {name: min(seconds) for name, seconds in times.items()}
     return [{"step": name, "best s": seconds, "GFLOPs": flops[name] / 1e9,
@@ -545,7 +516,7 @@ def arithmetic(o, Na, Nt):
         for text in (16, 64, 256):
             line[f"Nt {text}: 64.1% at Na"], line[f"Nt {text}: 247.5% at Na"] = break_even(
                 c, o.batch, text, 2, count)
-        accounting.append(line | {"both at (Na, Nt)": joint_break_even(c, o.batch, 2, count)})
+        accounting.append(line)
     return {"costs": costs, "limits": limits(c, Nt), "accounting": accounting}
 
 
@@ -579,27 +550,6 @@ def draw_picture(o, measured, Na, Nt):
 
 # -------------------------------------------------------------------------------------- quality
 
-ARMS = {  # train.py's options
-    "plits": {"mode": "plits"}, "lal": {}, "pal": {"mode": "pal"}, "attn": {"mode": "attn"},
-    "ffn": {"mode": "ffn"}, "flamingo": {"mode": "flamingo"}, "hybrid": {"mode": "hybrid"},
-    "residual": {"mode": "residual"}, "pal-summary": {"mode": "pal-summary"},
-    "lal-no-rope": {"config": "audio_rope=off"},
-    "lal-qformer": {"connector": "qformer"}, "lal-lfst": {"connector": "lfst"},
-    "lal-ffn-frozen": {"freeze": "ffn"}, "lal-lora": {"freeze": "lora"},
-    "lal-llm-frozen": {"freeze": "llm"}, "plits-llm-frozen": {"freeze": "llm", "mode": "plits"},
-    "lal-lower": {"lal_layers": ":2"}, "lal-upper": {"lal_layers": "2:"},
-    "clap-plits": {"encoders": "clap", "mode": "plits"}, "clap-lal": {"encoders": "clap"},
-    "clap-lal-no-rope": {"encoders": "clap", "config": "audio_rope=off"},
-}
-# Of one encoder half of the layers alone, and every table of routes that is no mode, named by its
-# letters: plp is Whisper PLITS, SSLAM LAL, CLAP PLITS
-KINDS = ("whisper", "sslam", "clap")
-ARMS |= {f"{kind}-{half}": {"lal_layers": f"{kind}={layers}"} for kind in KINDS
-         for half, layers in (("lower", ":2"), ("upper", "2:"))}
-ARMS |= {"".join(letters): {"routes": ",".join(
-             f"{kind}={'plits' if letter == 'p' else 'lal'}"
-             for kind, letter in zip(KINDS, letters))}
-         for letters in product("pl", repeat=3) if "".join(letters) not in ("ppp", "lll", "pll")}
 QUESTIONS = 16  # in a training step
 CLIPS = {"clips": 2000, "test_clips": 200}
 
@@ -663,21 +613,6 @@ def read_scores(options):
             return line
 
 
-def task_scores(scores):
-    """The model's share of exactly right answers by task, in all domains together."""
-    shares = {"all": scores["all all"]["model"]}
-    for task in sorted({name.split()[1] for name in scores} - {"all"}):
-        rows = [row for name, row in scores.items() if name.split()[1] == task]
-        right = sum(row["questions"] * row["model"] for row in rows)
-        shares[task] = right / sum(row["questions"] for row in rows)
-    return shares
-
-
-def mean_and_deviation(values):
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
-
-
 def make_arm(options):
     """The AudioLLM of an arm, new, with the parameters that stage 3 trains."""
     torch.manual_seed(options.seed)
@@ -694,7 +629,7 @@ def step_cost(options, device, rounds):
     add_token_ids(model.tokenizer, items)
     with redirect_stdout(io.StringIO()):
         batches = train.plan_stages(items, replace(options, stage="3"))[0][2]
-    features = train.extract_features(model, clips)
+    features = extract_features(model, clips)
     batches = [[items[i] for i in batch] for batch in islice(batches, 4)]
     losses = [partial(train.answer_loss, model.train(), features, batch) for batch in batches]
 

@@ -14,18 +14,17 @@ d head width, V vocabulary. RoPE is rotary position embedding, GQA grouped-query
 """
 import math
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
+from lib.hf_config import LLAMA3_ROPE, read_config
 from lib.weights import (as_value_error, build_for, check_values, load_tensors, load_weights,
-                         read_json, strip_prefixes)
+                         strip_prefixes)
 
 PAD_POSITION = 1 << 30  # the position of padding: after every query, so no query sees it
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -353,7 +352,7 @@ class LLM(nn.Module):
         Weights stored in `dtype` stay mapped to the file until they are used. Raises ValueError,
         one line, for a file that is missing, damaged, or of a model that is not computed here.
         """
-        config, tensors = read_config(folder), load_tensors(folder)
+        config, tensors = read_config(folder, LLMConfig), load_tensors(folder)
         with as_value_error(folder, "weights of such a model"):
             tensors = {name if name.startswith("lm_head.") else f"model.{name}": tensor
                        for name, tensor in strip_prefixes(tensors).items()
@@ -461,53 +460,3 @@ def sample_token(logits, temperature, top_p, rng=None):
     p, order = torch.softmax(logits.float() / temperature, dim=-1).sort(dim=-1, descending=True)
     p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)  # the likeliest token always stays
     return order.gather(1, torch.multinomial(p, 1, generator=rng))[:, 0]
-
-
-# ---------------------------------------------------------------------- Hugging Face's config.json
-
-# The settings that change results, and what can be computed here: anything else is refused.
-SUPPORTED = {
-    "architectures": ("LlamaForCausalLM", "Qwen2ForCausalLM"), "hidden_act": ("silu",),
-    "rope_type": ("default", "llama3"), "attention_bias": (False,), "mlp_bias": (False,),
-    "partial_rotary_factor": (1,), "use_sliding_window": (False,), "quantization_config": (),
-    "full_attention": ()}  # RoPE settings of its own for each kind of layer
-REQUIRED_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                  "num_attention_heads")
-
-
-def read_rope(config):
-    """The RoPE settings of a config.json: rope_parameters or, by its older name, rope_scaling.
-    ValueError if a setting stands there twice with two values: programs differ in which they use.
-    """
-    default = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)}
-    ropes = [default | {"rope_type": rope.get("type", "default")} | rope
-             for rope in map(config.get, ("rope_parameters", "rope_scaling")) if rope] or [default]
-    for key, value in ropes[0].items():
-        for other in (ropes[-1], config):
-            if other.get(key) not in (value, None):
-                raise ValueError(f"its rope_parameters or rope_scaling say {key} {value!r}, and it "
-                                 f"says {other[key]!r} elsewhere: leave in the right one")
-    return ropes[0]
-
-
-def read_config(folder):
-    """The LLMConfig of a Hugging Face folder. ValueError for all that we would compute wrongly."""
-    path = Path(folder) / "config.json"
-    config = read_json(path)
-    with as_value_error(path, "model that can be computed here"):
-        rope, architecture = read_rope(config), str((config["architectures"] or [None])[0])
-        settings = config | rope | {"architectures": architecture}
-        for setting, supported in SUPPORTED.items():
-            if settings.get(setting) not in (*supported, None):
-                raise ValueError(f"{setting} is {settings[setting]!r}, and can only be "
-                                 f"{' or '.join(map(repr, supported or (None,)))} here")
-        heads = config["num_attention_heads"]
-        sizes = {size: config[size] for size in REQUIRED_SIZES}
-        sizes["num_key_value_heads"] = config.get("num_key_value_heads") or heads
-        sizes["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
-        llama3 = rope["rope_type"] == "llama3"
-        return LLMConfig(
-            **sizes, qkv_bias=architecture == "Qwen2ForCausalLM",
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6), rope_theta=rope["rope_theta"],
-            rope_scaling={key: rope[key] for key in LLAMA3_ROPE} if llama3 else None,
-            tie_word_embeddings=bool(config.get("tie_word_embeddings")))

@@ -9,7 +9,6 @@ classification to connectors and LLM on all tasks. Data: the listening world, or
 --out gets model.pt, stage*.pt and metrics.jsonl. A training that was broken off goes on with
 --resume from its newest step-*.pt, on a CPU with the same losses to the bit.
 """
-import hashlib
 import json
 import math
 import os
@@ -17,7 +16,6 @@ import sys
 import time
 import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import islice
@@ -28,19 +26,17 @@ import torch
 from tqdm import tqdm
 
 import data.world
-import encoders
-from data.batches import (ItemDataset, index_batches, load_batches, read_clips,
-                          report_unreadable)
-from data.lists import QuestionList, add_token_ids, count_answers, record_seconds, wrong_clips
+from data.batches import ItemDataset, index_batches, load_batches
+from data.features import extract_features, load_features
+from data.lists import QuestionList, add_token_ids, count_answers, wrong_clips
 from data.pretrain import load_base
 from integrate import CHECKPOINT_FORMAT, CONNECTORS, MODES, IntegrationConfig
-from lib import audio, resampling
 from lib.cli import command_line, option, pick_device
 from lib.optim import cosine_schedule, pad_rows, peak_memory
 from lib.processes import (catch_stop_signals, join_processes, leave_processes, rank_and_size,
                            sum_over_processes)
-from lib.weights import find_file, load_checkpoint, save_atomically
-from sample import answer_all, warn_length_mismatch
+from lib.weights import load_checkpoint
+from sample import answer_all
 
 VALIDATION_CLIPS = 30  # of the listening world, for the line at the end of a stage
 LOG_EVERY = 10         # steps between two lines of metrics.jsonl
@@ -163,74 +159,10 @@ def load_data(o, tokenizer, window=None):
     return splits[0], splits[min(1, len(splits) - 1)], splits[-1]
 
 
-def extract_features(model, clips, unreadable=None):
-    """Features of every clip, in eval mode and without gradients: {clip: {kind: (n, De)}}.
-
-    unreadable: a set that gets the clips that cannot be read, which are told of and left out; None:
-    such a clip is a ValueError.
-    """
-    model.eval()
-    clips, seconds = record_seconds(clips)
-    # On a CPU each core has clips of its own, which is sooner done than all cores at one batch; for
-    # a GPU one thread reads while the other waits, but mps takes one alone. About 16 clips are in
-    # memory at once.
-    threads = {"cpu": torch.get_num_threads(), "mps": 1}.get(model.device.type, 2)
-    names, size = list(clips), math.ceil(16 / threads)
-    groups = [{clip: clips[clip] for clip in names[i:i + size]}
-              for i in range(0, len(names), size)]
-    encode, features = partial(encode_clips, model, skip_bad=unreadable is not None), {}
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        results = pool.map(encode, groups)
-        for encoded, problems in tqdm(results, "features", len(groups), leave=False, mininterval=1):
-            features |= encoded
-            report_unreadable(problems, unreadable)
-    if not features:
-        raise ValueError("none of the clips can be read: give others")
-    warn_length_mismatch(model, list(seconds.values()))
-    return features
-
-
-@torch.no_grad()
-def encode_clips(model, clips, skip_bad):
-    """The features of clips {clip: function rate -> (samples,)}, on the CPU: {clip: {kind: (n,
-    De)}}, and {clip: why it cannot be read}."""
-    spectrograms, problems = read_clips(model.spectrograms, clips, skip_bad)
-    encoded = model.encode(list(spectrograms.values())) if spectrograms else []
-    return {clip: {kind: x.cpu() for kind, x in features.items()}
-            for clip, features in zip(spectrograms, encoded)}, problems
-
-
 def load_scored(model, split):
     """The features of a split's clips, and the items about them, to score answers."""
     features = split.features or extract_features(model, split.clips, split.unreadable)
     return features, [item for item in split.items if item["clip"] in features]
-
-
-def load_features(model, split, o):
-    """The features of a split's clips, out of --feature-cache if an earlier run left them there, in
-    a file whose name is a hash of all that they depend on: clips, encoders and code."""
-    if not o.feature_cache:
-        return extract_features(model, split.clips, split.unreadable)
-    code = audio, resampling, encoders, data.world
-    files = [find_file(o.base), *(module.__file__ for module in code), *split.clips]
-    files += [encoder.checkpoint_path for encoder in model.encoders.values()]
-    files = [Path(file).stat() for file in files if isinstance(file, (str, Path))]
-    configs = [encoder.config for encoder in model.encoders.values()]
-    key = split.fingerprint, configs, model.pool_sizes, [(f.st_size, f.st_mtime_ns) for f in files]
-    path = Path(o.feature_cache) / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pt"
-    if path.is_file():
-        saved = load_checkpoint(path, "features 1")["features"]  # None: could not be read
-        features = {clip: x for clip, x in zip(split.clips, saved) if x is not None}
-        if o.skip_bad or len(features) == len(saved):
-            print(f"features are read from {path}; it has {len(features)} of {len(saved)} clips")
-            if o.skip_bad:
-                split.unreadable.update(set(split.clips) - set(features))
-            return features
-    features = extract_features(model, split.clips, split.unreadable)
-    if rank_and_size()[0] == 0:
-        saved = [features.get(clip) for clip in split.clips]
-        save_atomically(path, {"format": "features 1", "features": saved})
-    return features
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -382,17 +314,6 @@ def print_parameters(model, stages, freeze):
         print(f"{part:<20}{size:>14,} parameters, {states[part]}")
 
 
-def compile_mlps(model):
-    """Compile the feed-forward parts by torch.compile. ValueError if that is not possible here."""
-    for block in model.llm.model.layers:
-        block.mlp.compile(dynamic=True)
-    try:
-        block.mlp(next(block.mlp.parameters()).new_zeros(2, 3, model.llm.config.hidden_size))
-    except Exception as error:  # there is no compiler, for one
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"--compile does not work here ({reason}); leave it out") from None
-
-
 # ---------------------------------------------------------------------------- logs and checkpoints
 
 def log(file, **line):
@@ -431,7 +352,7 @@ def list_steps(folder):
 # The options that may change at --resume, as they alter sums by no more than their rounding, or,
 # --skip-bad, leave out what could not be learnt.
 RESUMABLE_CHANGES = {"resume", "out", "device", "save_every", "micro", "workers",
-                     "compile", "keep_features", "feature_cache", "skip_bad"}
+                     "keep_features", "feature_cache", "skip_bad"}
 
 
 def load_start(model, o, fingerprint):
@@ -576,7 +497,6 @@ class Options:
     precision: str = option("auto", "of matrix products; auto: bfloat16 on cuda, else float32; a "
                                     "CPU that has bfloat16 is twice as fast by it",
                             choices=("auto", "float32", "bfloat16"))
-    compile: bool = option(False, "torch.compile the feed-forward parts: faster on a GPU")
     out: str = option(None, "folder of checkpoints and metrics.jsonl; else out/MODE",
                       group="output")
     save_every: int = option(500, "steps between two checkpoints, step-*.pt", low=1)
@@ -615,8 +535,6 @@ def main(o):
     start = load_start(model, o, train_data.fingerprint)
     device = pick_device(device, o.precision)
     model.to(device)
-    if o.compile:
-        compile_mlps(model)
     if not o.data and rank_and_size()[0] == 0:
         data.world.write_demo(test_data.clips, test_data.items)
         steps = sum(steps for _, steps, _ in plan)

@@ -199,7 +199,7 @@ def name_sound(model, source, s):
     """The last word of the answer to "What do you hear?" about a scene, its attention to a source's
     tokens (layers, steps, bands), and the seconds of a step."""
     from data.world import SECONDS, scene_clip
-    from sample import attention_by_source, attention_on_grid, word_groups
+    from lib.attention import attention_by_source, attention_on_grid, word_groups
     question = "What do you hear?"
     features, = model.features([partial(scene_clip, s)])
     ids = model.llm.generate(model.tokenizer.chat(question)[1], 48, cache=model.hear([features]),

@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import patch
 
@@ -112,6 +113,29 @@ def attention_kernels(function):
         function()
     kernels = [re.search("_(flash|efficient|cudnn)_attention", name) for name in operations.names]
     return sorted({kernel[1] for kernel in kernels if kernel}) or ["math"]
+
+
+def hf_reference_step(llm, ids, audio, loss):
+    """A PLITS step by transformers' code, with the weights of an LLM: a function to be called.
+    ids (B, T), audio (B, N, D); loss: a function of logits and ids."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("--hf-reference needs transformers: pip install transformers") from None
+    name = "Qwen2" if llm.config.qkv_bias else "Llama"
+    sizes = {k: v for k, v in asdict(llm.config).items() if k not in ("qkv_bias", "rope_scaling")}
+    config = getattr(transformers, name + "Config")(**sizes, attn_implementation="sdpa")
+    reference = getattr(transformers, name + "ForCausalLM")(config).to(audio.device, audio.dtype)
+    missing, unexpected = reference.load_state_dict(llm.state_dict(), strict=False)
+    assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
+
+    def step():
+        reference.zero_grad(set_to_none=True)
+        embeds = torch.cat([audio, reference.get_input_embeddings()(ids)], dim=1)
+        output = reference(inputs_embeds=embeds, logits_to_keep=ids.shape[1], use_cache=False)
+        loss(output.logits, ids).backward()
+
+    return step
 
 
 def available_memory(device):

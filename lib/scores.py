@@ -6,6 +6,7 @@ CIDEr-D and word error rate equal those of pycocoevalcap and jiwer on the same w
 """
 import math
 import re
+import statistics
 from collections import Counter
 from unicodedata import category, normalize
 
@@ -154,3 +155,18 @@ def print_scores(items, columns):
             print(f"{dataset:<{width}}{task:<16}{len(index):>9}  {name:<29}" + "".join(
                 f"{'-' if np.isnan(s) else f'{s:.3f} [{low:.3f}, {high:.3f}]':<24}"
                 for s, low, high in cells))
+
+
+def task_scores(scores):
+    """The model's share of exactly right answers by task, in all domains together."""
+    shares = {"all": scores["all all"]["model"]}
+    for task in sorted({name.split()[1] for name in scores} - {"all"}):
+        rows = [row for name, row in scores.items() if name.split()[1] == task]
+        right = sum(row["questions"] * row["model"] for row in rows)
+        shares[task] = right / sum(row["questions"] for row in rows)
+    return shares
+
+
+def mean_and_deviation(values):
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"

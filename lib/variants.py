@@ -16,6 +16,7 @@ integrate.py imports this file at its end, so that its MODES holds these too. Tr
 B batch, T text tokens, N audio tokens, L queries, D width, H heads, d head width.
 """
 from functools import partial
+from itertools import product
 
 import torch
 from torch import nn
@@ -171,3 +172,26 @@ MODES["hybrid"] = lambda model: setattr(model, "write", write_hybrid)
 MODES["residual"] = add_residual
 MODES["pal-summary"] = add_summaries
 MODES["flamingo"] = add_flamingo
+
+# What bench.py --quality compares: train.py's options of each arm
+ARMS = {
+    "plits": {"mode": "plits"}, "lal": {}, "pal": {"mode": "pal"}, "attn": {"mode": "attn"},
+    "ffn": {"mode": "ffn"}, "flamingo": {"mode": "flamingo"}, "hybrid": {"mode": "hybrid"},
+    "residual": {"mode": "residual"}, "pal-summary": {"mode": "pal-summary"},
+    "lal-no-rope": {"config": "audio_rope=off"},
+    "lal-qformer": {"connector": "qformer"}, "lal-lfst": {"connector": "lfst"},
+    "lal-ffn-frozen": {"freeze": "ffn"}, "lal-lora": {"freeze": "lora"},
+    "lal-llm-frozen": {"freeze": "llm"}, "plits-llm-frozen": {"freeze": "llm", "mode": "plits"},
+    "lal-lower": {"lal_layers": ":2"}, "lal-upper": {"lal_layers": "2:"},
+    "clap-plits": {"encoders": "clap", "mode": "plits"}, "clap-lal": {"encoders": "clap"},
+    "clap-lal-no-rope": {"encoders": "clap", "config": "audio_rope=off"},
+}
+# Of one encoder half of the layers alone, and every table of routes that is no mode, named by its
+# letters: plp is Whisper PLITS, SSLAM LAL, CLAP PLITS
+KINDS = ("whisper", "sslam", "clap")
+ARMS |= {f"{kind}-{half}": {"lal_layers": f"{kind}={layers}"} for kind in KINDS
+         for half, layers in (("lower", ":2"), ("upper", "2:"))}
+ARMS |= {"".join(letters): {"routes": ",".join(
+             f"{kind}={'plits' if letter == 'p' else 'lal'}"
+             for kind, letter in zip(KINDS, letters))}
+         for letters in product("pl", repeat=3) if "".join(letters) not in ("ppp", "lll", "pll")}

@@ -109,8 +109,8 @@ FILL_INS = (
     Exercise(
         7, "integrate.py", "prefill", "PLITS over a cache: run or write, group by group", 45, 3,
         "Go through the segments in order; leave out those without tokens; neighbours of one\n"
-        "route and one `layers` are one group. tokens: those of a group, joined by cat_broadcast along\n"
-        "dimension 1. positions: padded_positions(group, cache.next_position), before the\n"
+        "route and one `layers` are one group. tokens: those of a group, joined by\n"
+        "cat_broadcast along dimension 1. positions: padded_positions(group, cache.next_position), before the\n"
         "group goes in. A plits group is one call llm.model(tokens, positions, cache), which\n"
         "returns hidden states; its tokens are expanded to the largest batch so far. Any\n"
         "other group goes to write(llm, tokens, route, cache, layers, positions) and\n"
@@ -132,8 +132,8 @@ FILL_INS = (
     Exercise(
         9, "integrate.py", "pool", "pooling of encoder tokens", 10, 1,
         "Average groups of `size` tokens of (n, De), one after another; a last group may be\n"
-        "smaller and is the average of what it has. The result is (ceil(n / size), De), in the dtype of\n"
-        "tokens.",
+        "smaller and is the average of what it has. The result is (ceil(n / size), De), in the\n"
+        "dtype of tokens.",
         ("The last group divides by its own number of tokens, not by size.",
          "tokens.split(size) gives the groups; or F.avg_pool1d with ceil_mode=True.",
          "In bfloat16 sum in float32: tokens.float(), and back at the end."),
@@ -200,7 +200,7 @@ FILL_INS = (
          "The first row and the first column are 0, 1, 2, ...: nothing against i words.",),
         then="python -m pytest tests/test_scores.py"),
     Exercise(
-        16, "sample.py", "attention_weights", "attention of an answer's words", 45, 3,
+        16, "lib/attention.py", "attention_weights", "attention of an answer's words", 45, 3,
         "Call read(), and find out how each layer's attention looked at the keys while it\n"
         "ran. A forward hook on block.self_attn of each block of llm.model.layers gets\n"
         "(module, inputs, output), inputs being x (B, T, D), angles, mask, cache and the\n"
@@ -315,7 +315,7 @@ HUNTS = (
          "How many rounds are run, and which of them are returned?",),
         old="seconds[1:] for name", new="seconds[:rounds] for name"),
     Exercise(
-        31, "sample.py", "attention_weights", "the wrong heads", 25, 3,
+        31, "lib/attention.py", "attention_weights", "the wrong heads", 25, 3,
         "The picture of where an answer listened (--listen) has changed, though the answers\n"
         "have not: of the attention that the word 'siren' gives to SSLAM in assets/demo.wav\n"
         "52% falls on the siren, where it was 70%. Rows sum to one; and with as many key-\n"

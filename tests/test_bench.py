@@ -198,8 +198,6 @@ def test_the_papers_figures_are_reached_where_the_search_says(count):
     for_memory, for_speed = bench.break_even(c, B, Nt, 2, count)
     assert gains(for_memory - 1, Nt)[0] < 0.641 <= gains(for_memory, Nt)[0]
     assert gains(for_speed - 1, Nt)[1] < 2.475 <= gains(for_speed, Nt)[1]
-    joint = bench.joint_break_even(c, B, 2, count)
-    assert gains(*joint) == pytest.approx((0.641, 2.475), rel=0.05)
 
 
 # ---------------------------------------------------------------------------------- the program
@@ -327,7 +325,8 @@ def test_a_process_that_is_killed_is_a_row_too(capsys, monkeypatch):
     (["gpt-5", "llama-3.2-1b", "qwen2.5-1.5b"], ["--llm", "gpt-5"]),
     (["--na", "whole numbers"], ["--na", "12,x"]),
     (["--arms", "lal-qformer"], ["--quality", "--arms", "lal,lol"]),
-    (["llama-3.2-1b", "4.9 GB", "1 GB"], ["--device", "cpu", "--llm", "llama-3.2-1b", "--memory", "1"]),
+    (["llama-3.2-1b", "4.9 GB", "1 GB"],
+     ["--device", "cpu", "--llm", "llama-3.2-1b", "--memory", "1"]),
     (["--hf-reference", "pip install transformers"],
      ["--measure", "turns", "--hf-reference", *TINY]),
 ])
@@ -351,7 +350,7 @@ def test_the_reference_computes_the_same(tiny, capsys):
     w = make_workload("plits", 2, 8, 3)
     llm, (ids, audio, _) = make_llm(SMALL, w)
     gradients = []
-    for step in (bench.hf_reference_step(llm, ids, audio),
+    for step in (bench.hf_reference_step(llm, ids, audio, bench.cross_entropy),
                  lambda: bench.train_step(llm, ids, audio, None)):
         audio.grad = None
         step()

@@ -483,7 +483,7 @@ def test_ex15_edit_distance():
 
 def check_attention_weights():
     from model import KVCache
-    from sample import attention_weights
+    from lib.attention import attention_weights
     llm, ids, outputs = small_llm(2), torch.tensor([[3, 4, 5]]), []
     cache = KVCache(2, 9)  # with two slots to spare
     llm.model(random(1, 4, 24), cache=cache)
@@ -506,7 +506,7 @@ def check_attention_weights():
 @torch.no_grad()
 def test_ex16_attention_of_an_answers_words():
     check_attention_weights()
-    from sample import attention_weights
+    from lib.attention import attention_weights
     llm = small_llm(2)
 
     def fail():

@@ -170,7 +170,7 @@ def test_configs_of_llms(fuzz, tmp_path):
               "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                                "high_freq_factor": 4.0, "original_max_position_embeddings": 99}}
     for make in (of_json(config), of_bytes(json.dumps(config).encode())):
-        fuzz("config.json", make, lambda path: read_config(path.parent))
+        fuzz("config.json", make, lambda path: read_config(path.parent, LLMConfig))
     # a config that says something else than the weights
     llm = LLM(TINY)
     torch.save(llm.state_dict(), tmp_path / "pytorch_model.bin")

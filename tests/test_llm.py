@@ -100,19 +100,19 @@ def test_weights_come_in_the_dtype_asked_for_frozen_in_no_way(tmp_path, dtype):
 
 def test_older_and_newer_ways_to_write_a_config(tmp_path):
     write_folder(tmp_path, "llama3")
-    new = read_config(tmp_path)
+    new = read_config(tmp_path, LLMConfig)
     assert new.rope_scaling["factor"] == 8 and new.rope_theta == 1000 and new.head_dim == 16
     rope = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
     write_folder(tmp_path, "llama3", rope_scaling=rope | {"type": "llama3"}, rope_theta=1000)
-    assert read_config(tmp_path) == new  # the same in both, as some programs write it
+    assert read_config(tmp_path, LLMConfig) == new  # the same in both, as some programs write it
     theta = rope.pop("rope_theta")
     for key in ("rope_type", "type"):
         rope[key] = rope.pop("rope_type", None) or rope.pop("type")
         write_folder(tmp_path, "llama3", rope_parameters=None, rope_scaling=rope, rope_theta=theta)
-        assert read_config(tmp_path) == new
+        assert read_config(tmp_path, LLMConfig) == new
     write_folder(tmp_path, "llama2", drop=["num_key_value_heads", "head_dim", "rms_norm_eps",
                                            "rope_parameters", "tie_word_embeddings"])
-    old = read_config(tmp_path)
+    old = read_config(tmp_path, LLMConfig)
     assert (old.num_key_value_heads, old.head_dim, old.rope_theta) == (4, 8, 10000)
     assert not old.tie_word_embeddings and old.rms_norm_eps == 1e-6
 
@@ -401,7 +401,8 @@ def test_loading_peaks_at_1_2_times_the_size_of_the_weights(tmp_path, dtype):
                  num_attention_heads=8, num_key_value_heads=8, head_dim=128)
     write_folder(tmp_path, "llama3", **sizes)
     with torch.device("meta"):
-        shapes = {name: t.shape for name, t in LLM(read_config(tmp_path)).state_dict().items()}
+        llm = LLM(read_config(tmp_path, LLMConfig))
+        shapes = {name: t.shape for name, t in llm.state_dict().items()}
     big = {name: torch.full(shape, 0.5, dtype=torch.float16) for name, shape in shapes.items()}
     write_folder(tmp_path, "llama3", change=big, **sizes)
     assert run(LOAD, tmp_path, dtype)[0] < 1.2

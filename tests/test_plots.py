@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_lists import write_wav
 
+import lib.attention
 import sample
 from data.world import SECONDS, scene
 from lib import plots
@@ -113,7 +114,7 @@ def test_the_report_says_how_much_attention_falls_on_the_sound(focus, share, dra
             weights = ((edges[:-1] >= begin) & (edges[1:] <= end)).float()
         return {"lfst": weights.repeat_interleave(bands + 1).expand(4, len(ids), -1)}
 
-    monkeypatch.setattr(sample, "attention_by_source", attention)
+    monkeypatch.setattr(lib.attention, "attention_by_source", attention)
     code, text, _ = draw("attention", checkpoint, "--clips", 3, "--device", "cpu")
     rows = {line[:12].strip(): [float(x.rstrip("%")) for x in line[12:].split()]
             for line in text.splitlines() if "%" in line}

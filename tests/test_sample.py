@@ -16,9 +16,10 @@ import sample
 from data.pretrain import load_base
 from encoders import load_audio
 from integrate import AudioLLM, IntegrationConfig, pool, prefill
+from lib.attention import (attention_by_source, attention_on_grid, attention_weights,
+                           word_groups)
 from model import KVCache
-from sample import (attention_by_source, attention_on_grid, attention_weights, read_prompts,
-                    score_choices, word_groups)
+from sample import read_prompts, score_choices
 
 ROOT = Path(__file__).parents[1]
 

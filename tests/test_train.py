@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sample
 import train
+from data import features as features_module
 from data.batches import ItemDataset, index_batches, load_batches, microbatches
 from data.lists import QuestionList, add_token_ids
 from data.world import load_world, render, scene
@@ -669,7 +670,7 @@ def test_a_clip_that_fails_when_it_is_read_is_told_of_once_and_left_out(
 def test_the_loss_is_divided_by_the_answers_that_are_left(features, unreadable):
     model, questions = audio_llm("lal"), QuestionList(unreadable / "q.json")
     clips = questions.clips(model.window)
-    features = features and train.extract_features(model, clips, set())
+    features = features and features_module.extract_features(model, clips, set())
     split = train.Split(clips, questions, "", features, set())
     batches = [np.array([0, 1, 2, 3]), np.array([1, 2]), np.array([3, 4])]
     loaded = list(load_batches(iter(batches), ItemDataset(split, model), train.Options(micro=3)))
@@ -714,7 +715,7 @@ def test_the_feature_cache_gives_the_same_losses_without_hearing_again(data, run
     first = run_train(*options, "--feature-cache", "cache", **world, steps=(1, 1, 1))[2]
     files = {path: path.stat().st_mtime_ns for path in Path("cache").iterdir()}
     assert len(files) == (3 if data == "world" else 2)
-    monkeypatch.setattr(train, "extract_features", None)
+    monkeypatch.setattr(features_module, "extract_features", None)
     stdout, _, second = run_train(*options, "--feature-cache", "cache", **world, steps=(1, 1, 1))
     assert stdout.count("features are read from") == len(files)
     assert {path: path.stat().st_mtime_ns for path in Path("cache").iterdir()} == files
@@ -725,15 +726,15 @@ def test_the_feature_cache_gives_the_same_losses_without_hearing_again(data, run
 def test_the_feature_cache_knows_what_features_depend_on(base, sounds, monkeypatch):
     """Another world, list, sound, connector's pool size, encoder or base has a file of its own."""
     hearings, base = [], Path(shutil.copy(base, sounds))
-    monkeypatch.setattr(train, "extract_features", lambda model, clips, _: hearings.append(clips)
-                        or {clip: {} for clip in clips})
+    monkeypatch.setattr(features_module, "extract_features", lambda model, clips, _:
+                        hearings.append(clips) or {clip: {} for clip in clips})
 
     def load(**changes):
         options = train.Options(base=str(base), clips=2, test_clips=2,
                                 feature_cache=str(sounds / "cache"), **changes)
         model = train.load_base(options.base, "lal", train.make_config(options), options.encoders)
         split, *_ = train.load_data(options, model.tokenizer)
-        train.load_features(model, split, options)
+        features_module.load_features(model, split, options)
         return len(hearings)
 
     worlds = [{}, {"seed": 1}, {"difficulty": 0}, {"connector": "lfst"}, {"encoders": "sslam,clap"},
@@ -1236,9 +1237,9 @@ def test_for_mps_one_thread_hears(monkeypatch):
     """In more than one its command buffers come into each other's way."""
     model, threads = audio_llm("lal"), set()
     monkeypatch.setattr(AudioLLM, "device", torch.device("mps"))
-    monkeypatch.setattr(train, "encode_clips", lambda model, clips, skip_bad: (
+    monkeypatch.setattr(features_module, "encode_clips", lambda model, clips, skip_bad: (
         threads.add(threading.get_ident()) or time.sleep(0.01) or dict.fromkeys(clips, {}), {}))
-    features = train.extract_features(model, dict.fromkeys(range(99)))
+    features = features_module.extract_features(model, dict.fromkeys(range(99)))
     assert len(features) == 99 and len(threads) == 1
 
 
@@ -1246,7 +1247,7 @@ def test_clips_heard_side_by_side_are_each_heard_as_if_alone(base, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     model = train.load_base(base, "lal")
     clips, _ = load_world("train", 11, 0)
-    features = train.extract_features(model, clips)
+    features = features_module.extract_features(model, clips)
     assert list(features) == list(clips)
     for clip in (0, 3, 4, 10):
         alone, = model.features([clips[clip]])
@@ -1261,26 +1262,6 @@ def test_workers_change_nothing_and_a_bad_sound_in_one_is_one_line(run_train, so
     lines = refuses(["c.wav", "NaN"], train, "--base", base, "--data", "q.json", "--val-data",
                     "v.json", "--no-keep-features", "--workers", 1, "--out", "new")
     assert len([line for line in lines if "c.wav" in line]) == 1
-
-
-def test_feed_forward_parts_are_compiled_on_request_alone(run_train, sounds, refuses, base,
-                                                          monkeypatch):
-    compiled, plain = [], losses(run_train()[2])
-    monkeypatch.setattr(torch, "compile", lambda f, **k: compiled.append(f.__self__) or f)
-    assert losses(run_train()[2]) == plain and not compiled
-    model = audio_llm("lal")
-    names = list(model.state_dict())
-    train.compile_mlps(model)
-    assert compiled == [block.mlp for block in model.llm.model.layers]
-    assert list(model.state_dict()) == names
-    assert losses(run_train("--compile")[2]) == plain
-
-    def no_compiler(*args, **kwargs):
-        raise RuntimeError("no C++ compiler\n\nset TORCH_LOGS for more")
-
-    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: no_compiler)
-    refuses(["--compile", "no C++ compiler", "leave it out"], train, "--base", base, "--data",
-            "q.json", "--device", "cpu", "--compile", "--out", "new")
 
 
 def test_tasks_take_the_place_of_the_stages_own(run_train, sounds, recorded):
