@@ -625,7 +625,7 @@ def make_arm(options):
 def step_cost(options, device, rounds):
     """What a step of stage 3 costs an arm, the mean of its first four, of new weights."""
     model = make_arm(options).to(device)
-    clips, items = load_world("train", 4 * QUESTIONS, options.seed, options.difficulty)
+    clips, items = load_world("train", QUESTIONS, options.seed, options.difficulty)
     add_token_ids(model.tokenizer, items)
     with redirect_stdout(io.StringIO()):
         batches = train.plan_stages(items, replace(options, stage="3"))[0][2]

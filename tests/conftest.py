@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
+import second_process
 import torch
 from exercise_texts import EXERCISES
 
@@ -108,6 +109,7 @@ def refuses(call):
 
 
 def pytest_configure(config):
+    config.pluginmanager.register(second_process)
     for number, exercise in EXERCISES.items():
         config.addinivalue_line("markers", f"ex{number}: {exercise.title}, see tests/exercises.py")
 
