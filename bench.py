@@ -210,8 +210,8 @@ def saved_activation_bytes(c, w, size, fused=True):
     That is what each product and each nonlinearity needs again. Attention needs no scores, only
     its inputs, its output and a float32 for each query.
     fused: as on CUDA, where RMSNorm (root mean square normalisation) is one kernel and attention
-    needs no mask in memory. Else, as on a CPU, RMSNorm saves x / rms too, and attention a mask in
-    each layer, unless there are as many queries as keys.
+    needs no mask in memory. Else, as on a CPU, RMSNorm saves x / rms too, and attention a mask for
+    all layers, unless there are as many queries as keys.
     """
     D, Hd, Kd = widths(c)
     H, L = c.num_attention_heads, c.num_hidden_layers
@@ -227,7 +227,7 @@ def saved_activation_bytes(c, w, size, fused=True):
     for queries, keys in w.passes:
         numbers += L * keys * 2 * Kd             # k, v
         if not fused and 1 < queries < keys:
-            shared += L * queries * keys         # the mask
+            shared += queries * keys             # the mask
     if w.side:
         numbers += w.side * 2 * D                # the audio and, once for all layers, its norm
         shared += L * 2 * D * Kd                 # W_K, W_V with the gain multiplied in

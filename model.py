@@ -18,7 +18,6 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from lib.hf_config import LLAMA3_ROPE, read_config
 from lib.weights import (as_value_error, build_for, check_values, load_tensors, load_weights,
@@ -165,17 +164,22 @@ def position_mask(queries, keys, dtype):
 
 
 def attention_mask(queries, keys, no_padding, dtype):
-    """The one rule in the form that the attention kernel runs fastest; queries, keys as above,
-    no_padding as in KVCache.
+    """The one rule as arguments of scaled_dot_product_attention, in the form that its kernel runs
+    fastest; queries, keys as above, no_padding as in KVCache.
 
     Without padding the T queries are the last of the S keys, so the rule is the causal mask
-    aligned at the lower right, which the fast kernels know by name. A single query sees all keys
-    and needs no mask. With padding the positions are compared.
+    aligned at the lower right. The kernels know it by name where T = S, and CUDA's where T < S
+    too. A single query sees all keys and needs no mask. Otherwise the positions are compared.
     """
     T, S = queries.shape[1], keys.shape[1]
-    if not no_padding:
-        return position_mask(queries, keys, dtype)
-    return None if T == 1 else causal_lower_right(T, S)
+    if no_padding and T == 1:
+        return {}
+    if no_padding and T == S:
+        return {"is_causal": True}
+    if no_padding and queries.is_cuda:
+        from torch.nn.attention.bias import causal_lower_right  # which takes a second to import
+        return {"attn_mask": causal_lower_right(T, S)}
+    return {"attn_mask": position_mask(queries, keys, dtype)}
 
 
 def rotary(positions, config, dtype):
@@ -260,12 +264,12 @@ class Attention(nn.Module):
         # y = softmax(q k^T / sqrt(d) + mask) v
         if T == 1:  # the H / K heads that share a key-value head are its rows: it is read once
             q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, K, H / K, d): heads, not time
-            y = F.scaled_dot_product_attention(q, k, v, mask)
+            y = F.scaled_dot_product_attention(q, k, v, **mask)
             return self.o_proj(y.reshape(B, 1, -1))  # (B, 1, D)
-        if x.is_cuda and not (isinstance(mask, CausalBias) and v.element_size() == 2):
+        if x.is_cuda and (type(mask.get("attn_mask")) is torch.Tensor or v.element_size() != 2):
             # with an explicit mask, or in float32, CUDA's fast kernels refuse keys that heads share
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)  # (B, H, T, d)
+        y = F.scaled_dot_product_attention(q, k, v, **mask, enable_gqa=True)  # (B, H, T, d)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 

@@ -17,7 +17,6 @@ from unittest.mock import patch
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import CausalBias
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,6 +48,8 @@ def product_rate(like):
 def biases_outside_modes():
     """While a dispatch mode of torch is on, torch cannot make the CausalBias that attention takes.
     Inside this context it is made without the mode."""
+    from torch.nn.attention.bias import CausalBias
+
     def make_bias(cls, *sizes):
         with _disable_current_modes():
             return torch.Tensor.__new__(cls, *sizes)

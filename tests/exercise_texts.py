@@ -128,7 +128,7 @@ FILL_INS = (
         ("Segment(route, tokens); llm.embed(ids) is (B, T, D).",
          "With plits everything is one group: hidden has more than the text, the text is its end.",
          "hidden[:, -ids.shape[1]:]"),
-        (3, 6, 7), "python -m pytest tests/test_integrate.py -k 'agree or other_mode'"),
+        (3, 4, 6, 7), "python -m pytest tests/test_integrate.py -k 'agree or other_mode'"),
     Exercise(
         9, "integrate.py", "pool", "pooling of encoder tokens", 10, 1,
         "Average groups of `size` tokens of (n, De), one after another; a last group may be\n"
@@ -224,9 +224,9 @@ HUNTS = (
         "bug it was 93.3%.",
         ("Text alone is right, text over a cache is not. What differs between the two?",
          "With T queries and S > T keys, which keys does query 0 see? Draw the mask.",
-         "A triangle of T x S has two places where its diagonal may begin."),
-        old="else causal_lower_right(T, S)",
-        new="else torch.nn.attention.bias.causal_upper_left(T, S)"),
+         "A triangle of T x S has two places where its diagonal may begin; is_causal has one."),
+        old="    if no_padding and T == S:\n",
+        new="    if no_padding:\n"),
     Exercise(
         22, "integrate.py", "hear", "louder is different", 20, 2,
         "assets/lal.pt, which answered 93.6% of its questions rightly, answers none of them.\n"

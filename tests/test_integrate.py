@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention.bias import CausalBias
 
 import integrate
 import model as model_module
@@ -15,7 +16,7 @@ from integrate import (CONNECTORS, LFST, MODES, AudioLLM, IntegrationConfig, MLP
 from lib.tokenizers import train_tokenizer
 from lib.variants import write_attention_only, write_feed_forward_only
 from lib.weights import bytes_to_tensor
-from model import PAD_POSITION, Attention, CausalBias, KVCache, Linear, position_mask
+from model import PAD_POSITION, Attention, KVCache, Linear, position_mask
 from test_model import make
 
 SEEDS = range(3)
@@ -267,13 +268,14 @@ def test_one_token_after_a_padded_cache_does_not_see_the_padding():
 
 @pytest.mark.parametrize("mode, layers, padded, expected", [
     ("plits", None, False, ["causal"]), ("plits", None, True, ["positions"]),
-    ("lal", None, False, ["none", "causal"]), ("lal", None, True, ["none", "positions"]),
-    ("lal", [1], False, ["none", "causal"]), ("lal", [1], True, ["none", "positions"]),
-    ("pal", None, False, ["causal", "causal"]), ("pal", None, True, ["positions", "positions"])])
+    ("lal", None, False, ["none", "lower right"]), ("lal", None, True, ["none", "positions"]),
+    ("lal", [1], False, ["none", "lower right"]), ("lal", [1], True, ["none", "positions"]),
+    ("pal", None, False, ["causal", "lower right"]),
+    ("pal", None, True, ["positions", "positions"])])
 def test_the_kernel_gets_the_causal_mask_unless_there_is_padding(mode, layers, padded, expected,
                                                                  monkeypatch):
-    """Which mask each decoder call hands to the attention kernel; with the explicit mask of
-    positions in its place the result is the same."""
+    """Which mask each decoder call hands to the attention kernel, as on CUDA; where layers hold less
+    they have as many keys as queries. With the explicit mask of positions the result is the same."""
     llm, ids, a = setting(4)
     lengths = (torch.tensor([4, 2]), torch.tensor([3, 5])) if padded else (None, None)
     segments = [Segment("plits", llm.embed(torch.tensor([[1]]))),
@@ -287,12 +289,16 @@ def test_the_kernel_gets_the_causal_mask_unless_there_is_padding(mode, layers, p
 
     attend = Attention.forward
     monkeypatch.setattr(Attention, "forward", record)
-    hidden = prefill(llm, segments)
-    names = ["none" if mask is None else "causal" if isinstance(mask, CausalBias) else "positions"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+        hidden = prefill(llm, segments)
+    kinds = {torch.Tensor: "positions", CausalBias: "lower right"}
+    names = ["causal" if mask.get("is_causal") else kinds.get(type(mask.get("attn_mask")), "none")
              for mask in masks]
     assert names == [name for name in expected for _ in range(3)]
+    assert same(hidden, prefill(llm, segments))  # as on a CPU, which has no mask by name for T < S
     monkeypatch.setattr(model_module, "attention_mask", lambda queries, keys, no_padding, dtype:
-                        position_mask(queries, keys, dtype))
+                        {"attn_mask": position_mask(queries, keys, dtype)})
     assert same(hidden, prefill(llm, segments))
 
 

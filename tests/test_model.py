@@ -3,8 +3,9 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention.bias import CausalBias
 
-from model import (LLM, PAD_POSITION, CausalBias, KVCache, LLMConfig, make_positions,
+from model import (LLM, PAD_POSITION, KVCache, LLMConfig, make_positions,
                    position_mask, sample_token)
 
 
@@ -212,9 +213,9 @@ def record_kernel_calls(monkeypatch):
     """A list that gets (query heads, key heads, mask) of each call of the attention kernel."""
     calls, kernel = [], torch.nn.functional.scaled_dot_product_attention
 
-    def record(q, k, v, mask=None, **options):
-        calls.append((q.shape[1], k.shape[1], mask))
-        return kernel(q, k, v, mask, **options)
+    def record(q, k, v, attn_mask=None, **options):
+        calls.append((q.shape[1], k.shape[1], attn_mask))
+        return kernel(q, k, v, attn_mask, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
     return calls
@@ -240,14 +241,14 @@ def test_on_cuda_an_explicit_mask_comes_with_a_key_for_each_query_head(monkeypat
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     assert torch.allclose(llm(ids, positions=positions), expected, rtol=0, atol=1e-12)
     assert [(q, k) for q, k, _ in calls] == [(4, 4)] * 3
-    assert not any(isinstance(mask, CausalBias) for *_, mask in calls)
+    assert all(type(mask) is torch.Tensor for *_, mask in calls)
 
 
 def test_on_cuda_the_causal_mask_comes_with_shared_keys_in_half_precision(monkeypatch):
     calls = []
 
-    def record(q, k, v, mask, enable_gqa):
-        calls.append((q.shape[1], k.shape[1], type(mask), enable_gqa))
+    def record(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+        calls.append((q.shape[1], k.shape[1], type(attn_mask), is_causal, enable_gqa))
         return q
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
@@ -255,8 +256,11 @@ def test_on_cuda_the_causal_mask_comes_with_shared_keys_in_half_precision(monkey
     llm, ids = make(10), torch.randint(50, (2, 5))
     for dtype, heads in ((torch.bfloat16, 2), (torch.float32, 4)):
         calls.clear()
-        llm.to(dtype)(ids)
-        assert calls == [(4, heads, CausalBias, True)] * 3
+        cache = KVCache(3)
+        llm.to(dtype)(ids, cache=cache)
+        llm(ids, cache=cache)
+        assert calls == [(4, heads, type(None), True, True)] * 3 + [
+            (4, heads, CausalBias, False, True)] * 3
 
 
 def test_the_loss_is_the_weighted_sum_over_the_tokens_to_be_learnt():

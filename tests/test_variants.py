@@ -127,7 +127,7 @@ def test_residual_starts_as_lal_and_each_token_moves_on_by_itself():
     first, second = llm.model.layers[:2]
     angles = rotary(torch.zeros(1, 1, dtype=torch.long), llm.config, a.dtype)
     tokens = first.input_layernorm(a).flatten(0, 1)[:, None]  # (B N, 1, D)
-    alone = first.self_attn(tokens, angles, None, CacheOfOne(), 0).view_as(a)
+    alone = first.self_attn(tokens, angles, {}, CacheOfOne(), 0).view_as(a)
     alone = a + (shares[0] + 0.7).tanh() * alone
     want = second.self_attn.split_heads(second.self_attn.v_proj(second.input_layernorm(alone)))
     assert same(moved.values[1], want)
