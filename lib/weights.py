@@ -13,6 +13,7 @@ import secrets
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -237,8 +238,10 @@ def build_for(tensors, device="meta"):
             raise ValueError(f"its sizes ask for far more than its {len(tensors)} tensors")
 
     handle = register_module_parameter_registration_hook(count)
+    # normal_ on device meta would import torch's compiler, which takes a second
+    no_initialisation = patch.object(torch.nn.init, "normal_", lambda tensor, *args, **kw: tensor)
     try:
-        with torch.device(device):
+        with torch.device(device), no_initialisation:
             yield
     finally:
         handle.remove()

@@ -41,6 +41,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_runtestloop(session):
     option = session.config.option
     alone = option.maxfail or option.usepdb or option.capture == "no" or option.collectonly
+    alone = alone or session.config.pluginmanager.has_plugin("second process")
     if alone or len(session.items) < MANY or (os.cpu_count() or 1) < 2:
         return (yield)
     second, session.items = session.items[1::2], session.items[0::2]
