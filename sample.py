@@ -29,7 +29,7 @@ from lib.attention import LISTEN_SECONDS, RATE, draw_answer
 from lib.audio import check_audio, load_audio
 from lib.cli import command_line, option, pick_device
 from lib.plots import import_figure
-from lib.scores import print_scores
+from lib.scores import print_scores, split_labels
 from lib.tokenizers import load_tokenizer
 from lib.weights import save_atomically
 from model import LLM
@@ -38,8 +38,8 @@ ROWS = 4  # questions and choices, which are short, for each clip that is held i
 
 
 def answer_all(model, features, questions, batch=256, **sampling):
-    """Answers to a list of (clip, text, choices): for each a text, and the likeliest of the choices
-    (None if there are none).
+    """Answers to a list of (clip, text, choices): for each a text, and the log-likelihoods of its
+    choices.
 
     Each clip is heard once, then asked all of its questions, each of which is read once for its
     answer and its choices. No more than `batch` clips, and then ROWS times as many questions or
@@ -64,8 +64,8 @@ def answer_all(model, features, questions, batch=256, **sampling):
 
 
 def ask(model, cache, texts, choices, clip_index, batch, max_new_tokens=48, **sampling):
-    """The answers of `answer_all`, each (text, likeliest choice), to questions about the clips in
-    a cache; question i is about its row clip_index[i]. batch: choices scored at a time."""
+    """The answers of `answer_all` to questions about the clips in a cache; question i is about its
+    row clip_index[i]. batch: choices scored at a time."""
     prompts = [model.tokenizer.chat(text)[1] for text in texts]
     asked = read_prompts(model, cache, prompts, clip_index)
     replies = model.llm.generate([prompt[-1:] for prompt in prompts], max_new_tokens, cache=asked,
@@ -86,9 +86,9 @@ def read_prompts(model, cache, prompts, clip_index):
 
 @torch.no_grad()
 def score_choices(model, asked, prompts, choices, batch):
-    """The likeliest choice of each question (None: it has none), as the whole answer: that of the
-    largest sum of log p(token), the end of the answer included. asked: see read_prompts."""
-    llm, losses = model.llm, [[] for _ in prompts]
+    """The log-likelihood of each choice of each question as its whole answer: the sum of log
+    p(token), the end of the answer included. asked: see read_prompts."""
+    llm, likelihoods = model.llm, [[] for _ in prompts]
     pairs = [(i, model.tokenizer.reply(choice)) for i, own in enumerate(choices) for choice in own]
     for start in range(0, len(pairs), batch):
         index, replies = zip(*pairs[start:start + batch])
@@ -101,18 +101,19 @@ def score_choices(model, asked, prompts, choices, batch):
         logits = llm.head(hidden).transpose(1, 2)  # (B, V, T)
         loss = F.cross_entropy(logits, targets.to(model.device), reduction="none").sum(dim=1)
         for i, value in zip(index, loss.tolist()):
-            losses[i].append(value)
-    return [own[loss.index(min(loss))] if own else None for own, loss in zip(choices, losses)]
+            likelihoods[i].append(-value)
+    return likelihoods
 
 
 def add_label_choices(items):
-    """Give classification questions without choices all labels of their dataset as choices."""
+    """Give questions of classification and tagging that have no choices all labels of their
+    dataset."""
     labels = {}
-    graded = [item for item in items if item["task"] == "classification"]
+    graded = [item for item in items if item["task"] in ("classification", "tagging")]
     for item in graded:
-        labels.setdefault(item["domain"], set()).add(item["output"])
+        labels.setdefault((item["domain"], item["task"]), set()).update(split_labels(item))
     for item in graded:
-        item["choices"] = item["choices"] or sorted(labels[item["domain"]])
+        item["choices"] = item["choices"] or sorted(labels[item["domain"], item["task"]])
 
 
 def score_list(model, o):

@@ -102,12 +102,41 @@ def bootstrap(clips, values, weights, groups, draws=1000):
     return weighted_mean(values, weights, groups), *np.nanpercentile(scores, [2.5, 97.5])
 
 
-def task_measures(task, items, answers):
-    """{name: (values, weights, groups)} for items of one task and dataset.
+def split_labels(item):
+    """The labels of an answer: one, but in tagging those between its commas."""
+    return item["output"].split(", ") if item["task"] == "tagging" else [item["output"]]
 
-    answers: for each item the answer's text and its likeliest choice (None: it has no choices).
+
+def average_precision(positive, scores):
+    """The sum over thresholds of the recall gained there times the precision there, as scikit-learn
+    has it. positive (n,): which are sought; scores (n,): equal ones share a threshold."""
+    order = np.argsort(-scores, kind="stable")
+    is_last = np.append(np.diff(scores[order]) != 0, True)  # of those with the same score
+    found = np.cumsum(positive[order])[is_last]
+    precision = found / (1 + np.flatnonzero(is_last))
+    return np.sum(np.diff(found, prepend=0) * precision) / found[-1]
+
+
+def mean_average_precision(items, likelihoods):
+    """The mean over labels, of those that some clip has and all questions have as choices, of the
+    average precision of their likelihoods over clips; nan if there are none."""
+    scores = []
+    for label in sorted({label for item in items for label in split_labels(item)}):
+        if all(label in item["choices"] for item in items):
+            positive = np.array([label in split_labels(item) for item in items])
+            scores.append(average_precision(positive, np.array(
+                [own[item["choices"].index(label)] for item, own in zip(items, likelihoods)])))
+    return np.mean(scores) if scores else np.nan
+
+
+def task_measures(task, items, answers):
+    """{name: (values, weights, groups)} for items of one task and dataset, or {name: score}.
+
+    answers: for each item the answer's text and the log-likelihoods of its choices.
     """
-    texts, likeliest = zip(*answers)
+    texts, likelihoods = zip(*answers)
+    likeliest = [item["choices"][int(np.argmax(own))] if own else None
+                 for item, own in zip(items, likelihoods)]
     texts = [normalize("NFC", text) for text in texts]
     references = [normalize("NFC", item["output"]) for item in items]
     words, reference_words = [*map(normalize_words, texts)], [*map(normalize_words, references)]
@@ -121,6 +150,8 @@ def task_measures(task, items, answers):
         lengths = np.array([len(reference) for reference in reference_words])
         errors = np.array([*map(edit_distance, words, reference_words)])
         return {"word error rate": (errors, lengths, one_group)}
+    if task == "tagging":
+        return {"mean average precision": mean_average_precision(items, likelihoods)}
     exact = np.array([text == reference for text, reference in zip(texts, references)])
     measures = {"exact match": (exact, ones, one_group)}
     has_choices = np.array([len(item["choices"]) > 0 for item in items])
@@ -150,11 +181,18 @@ def print_scores(items, columns):
         measures = [task_measures(task, subset, [answers[i] for i in index])
                     for answers in columns.values()]
         for name in measures[0]:
-            cells = [bootstrap([str(item["clip"]) for item in subset], *column[name])
-                     for column in measures]
-            print(f"{dataset:<{width}}{task:<16}{len(index):>9}  {name:<29}" + "".join(
-                f"{'-' if np.isnan(s) else f'{s:.3f} [{low:.3f}, {high:.3f}]':<24}"
-                for s, low, high in cells))
+            clips = [str(item["clip"]) for item in subset]
+            cells = [show_score(clips, column[name]) for column in measures]
+            print(f"{dataset:<{width}}{task:<16}{len(index):>9}  {name:<29}"
+                  + "".join(f"{cell:<24}" for cell in cells))
+
+
+def show_score(clips, measure):
+    """A measure of task_measures as text, with its interval if it has one."""
+    score, *interval = bootstrap(clips, *measure) if isinstance(measure, tuple) else [measure]
+    if np.isnan(score):
+        return "-"
+    return f"{score:.3f}" + (" [{:.3f}, {:.3f}]".format(*interval) if interval else "")
 
 
 def task_scores(scores):

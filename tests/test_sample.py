@@ -180,13 +180,27 @@ def test_the_likeliest_choice_is_that_of_each_choice_alone(checkpoint, batch):
                 cache = heard.fork([0], ids.shape[1])
                 logits = model.llm(ids, cache=cache)[0, len(prompt) - 1:-1]
             p = logits.log_softmax(dim=-1).gather(1, ids[0, len(prompt):, None])
-            loss.append(-p.sum().item())
-        want.append(own[int(np.argmin(loss))] if own else None)
-    assert want[0] != want[2]  # or it would not matter which clip is asked
+            loss.append(p.sum().item())
+        want.append(loss)
+    assert np.argmax(want[0]) != np.argmax(want[2])  # or it would not matter which clip is asked
     cache = model.hear(features)
     prompts = [tokenizer.chat(question)[1] for question in questions]
     asked = read_prompts(model, cache, prompts, clip_index)
-    assert score_choices(model, asked, prompts, choices, batch) == want
+    got = score_choices(model, asked, prompts, choices, batch)
+    assert [len(own) for own in got] == [40, 0, 40, 31]
+    assert all(np.allclose(*pair, atol=1e-3) for pair in zip(got, want))
+
+
+def test_questions_without_choices_get_the_labels_of_their_data_set():
+    items = [{"task": task, "domain": domain, "output": output, "choices": choices}
+             for task, domain, output, choices in (
+                 ("classification", "a", "dog, wet", []), ("classification", "a", "cat", []),
+                 ("tagging", "b", "rain, wind", []), ("tagging", "b", "rain", []),
+                 ("classification", "b", "owl", ["owl", "elk"]), ("reasoning", "b", "two", []))]
+    sample.add_label_choices(items)
+    assert [item["choices"] for item in items] == [
+        ["cat", "dog, wet"], ["cat", "dog, wet"], ["rain", "wind"], ["rain", "wind"],
+        ["owl", "elk"], []]
 
 
 def test_a_list_is_answered_written_and_scored(call, checkpoint, sounds, refuses):
