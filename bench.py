@@ -623,14 +623,14 @@ def make_arm(options):
 
 
 def step_cost(options, device, rounds):
-    """What a step of stage 3 costs an arm, the mean of its first four, of new weights."""
+    """What a step of stage 3 costs an arm of new weights, the mean of one pass over a few clips."""
     model = make_arm(options).to(device)
     clips, items = load_world("train", QUESTIONS, options.seed, options.difficulty)
     add_token_ids(model.tokenizer, items)
     with redirect_stdout(io.StringIO()):
         batches = train.plan_stages(items, replace(options, stage="3"))[0][2]
     features = extract_features(model, clips)
-    batches = [[items[i] for i in batch] for batch in islice(batches, 4)]
+    batches = [[items[i] for i in batch] for batch in islice(batches, len(items) // QUESTIONS)]
     losses = [partial(train.answer_loss, model.train(), features, batch) for batch in batches]
 
     def steps():

@@ -130,12 +130,19 @@ def draw_curves(folder):
         right.legend()
 
 
+def label_logarithmic(axis):
+    """Plain numbers at 1, 2, 5, 10 and so on."""
+    from matplotlib.ticker import LogLocator, NullLocator
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
+
+
 def draw_costs(path, title, xlabel, panels):
     """What modes cost against the number of audio tokens, predicted as lines, measured as dots.
 
     panels: {title: {mode: (sizes, values, dots' sizes, dots' values)}}, one or more.
     """
-    from matplotlib.ticker import LogLocator
     with open_figure(path, 1, len(panels), figsize=(9, 4), squeeze=False) as axes:
         axes[0, 0].figure.suptitle(title)
         for ax, (name, modes) in zip(axes[0], panels.items()):
@@ -143,9 +150,7 @@ def draw_costs(path, title, xlabel, panels):
                 ax.plot(x, y, color=colour, label=mode.upper())
                 ax.plot(*dots, "o", color=colour)
             ax.set(title=name, xlabel=xlabel, yscale="log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.minorticks_off()
+            label_logarithmic(ax.yaxis)
         ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
@@ -162,9 +167,9 @@ def draw_learning(path, arms):
                 ax.fill_between(x, [min(s) for s in shares], [max(s) for s in shares],
                                 color=colour, alpha=0.2, linewidth=0)
             ax.set(xlabel=label, xscale="log")
-            ax.xaxis.set_major_formatter("{x:g}")
+            label_logarithmic(ax.xaxis)
         axes[0].set_ylabel("% exactly right")
-        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside right center")
+        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5)
 
 
 def attention_report(model, clips, seed, difficulty):

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import bench
 from bench import LLM, LLMConfig, make_workload
 from data.pretrain import load_base
+from lib.plots import draw_learning
 from lib.profiling import (attention_kernels, count_flops, count_saved_bytes, describe_machine,
                            print_table, time_in_turns)
 
@@ -388,6 +389,31 @@ def test_arms_are_trained_scored_and_not_trained_again(call, base, brief, monkey
     assert "±" in stdout and len(stdout.splitlines()) == 6
     features = list((tmp_path / "out" / "quality" / "features").iterdir())
     assert len(features) == 6  # training, validation and test clips of each seed: heard once
+
+
+def test_curves_are_of_an_eighth_a_quarter_half_and_all_of_the_steps(call, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = []
+
+    def train_and_score(options):
+        steps = options.steps1 + options.steps2 + options.steps3
+        right = {"questions": 4, "model": steps / 100 + options.seed / 1000}
+        return {"scores": {"all all": right, "sound reasoning": right}}
+
+    monkeypatch.setattr(bench, "train_and_score", train_and_score)
+    monkeypatch.setattr(bench, "step_cost", lambda options, *_: {"GFLOPs": 500.0, "ms": 50.0})
+    monkeypatch.setattr(bench, "draw_learning", lambda path, arms: (
+        drawn.append(arms), draw_learning(path, arms)))
+    code, stdout, _ = call(bench, "--quality", "--curves", "--arms", "lal,pal", "--steps", "16",
+                           "--seeds", "2", "--device", "cpu", "--out", "new")
+    assert code == 0 and (tmp_path / "new" / "learning.png").stat().st_size > 10_000
+    rows = json.loads(stdout.splitlines()[-1])["quality"]
+    assert [(row["arm"], row["steps"]) for row in rows] == [
+        (arm, steps) for arm in ("lal", "pal") for steps in (2, 4, 8, 16)]
+    for points in drawn[0].values():
+        assert [(x, y) for x, y, _ in points] == [(1, 0.1), (2, 0.2), (4, 0.4), (8, 0.8)]
+        assert [shares for *_, shares in points] == [
+            pytest.approx([steps, steps + 0.1]) for steps in (2, 4, 8, 16)]
 
 
 def test_an_arm_is_trained_for_other_options_and_goes_on_where_stopped(monkeypatch, tmp_path):
