@@ -654,7 +654,7 @@ class Options:
     na: str = option("auto", "audio tokens, like 64,256 (auto: 64,256 for small; else 64 to 2048)")
     nt: str = option("64", "text tokens, like 16,64")
     batch: int = option(0, "clips in a training step (0: the paper's 8; for small 2)")
-    share: float = option(0.5, "of PAL's audio tokens, how many run the PLITS way", high=1)
+    share: float = option(0.5, "of PAL's audio tokens, the share that runs the PLITS way", high=1)
     measure: str = option("sweep", "each mode in a process of its own; or training steps in turns, "
                                    "at the last Na and Nt", choices=["sweep", "turns", "nothing"])
     rounds: int = option(5, "runs that count, after one that does not", low=1)

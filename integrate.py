@@ -15,8 +15,8 @@ then the question and its answer. A query sees every key whose position is not a
 
 Read `hear` and `prefill` first, and try:  python train.py --mode lal
 
-B batch, T text tokens, N audio tokens, D the LLM's width, De an encoder's width, W a connector's,
-L queries, H heads, d head width.
+B batch, T text tokens, N audio tokens, S all tokens, D the LLM's width, De an encoder's width, W a
+connector's, L queries, H heads, K key-value heads, d head width, V vocabulary.
 """
 import math
 import re
@@ -131,7 +131,8 @@ def padded_positions(group, start):
     return reduce(cat_broadcast, positions)
 
 
-# The next three are the method in one call, for tests and bench.py; AudioLLM has `prefill` do it.
+# The next three are the method in one call, for reading, tests and bench.py; AudioLLM has `prefill`
+# do it.
 
 def pal(llm, ids, prefix, side, before=None, layers=None):
     """Logits (B, T, V) of text ids (B, T) after `prefix`, heard the PLITS way, and `side`, LAL's.
@@ -243,9 +244,9 @@ class MLPConnector(nn.Module):
     Every connector is made from a list of encoders, the LLM's width and an IntegrationConfig. It
     takes lists of features (B, N, De) and their lengths (B,) or None, one for each of its encoders,
     and gives tokens (B, N', D) and their lengths. A new one is a class like this, entered in
-    CONNECTORS. `joint`: one connector takes all general encoders together, and their tokens as they
-    are; else AudioLLM.encode averages each encoder's pool_size tokens into one before. `has_time`:
-    its tokens are in order of time, so that sample.py --listen can draw them.
+    CONNECTORS. `joint`: one connector reads all general encoders, unpooled; otherwise
+    AudioLLM.encode first averages each encoder's pool_size tokens into one. `has_time`: its tokens
+    are in order of time, so that sample.py --listen can draw them.
     """
     joint = False
     has_time = True

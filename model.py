@@ -82,7 +82,7 @@ class KVCache:
         self.capacity = capacity
         self.next_position = 0  # of the next token: an int, or (B, 1) when the rows differ
         self.no_padding = True  # every token stands right after the one before it
-        self.extra = {}  # further tensors (B, ...) by name, which `fork` takes along; see variants
+        self.extra = {}  # tensors (B, ...) by name, for lib/variants.py; `fork` takes them along
 
     def extend(self, tokens, positions=None, layers=None):
         """Announce new tokens (B, T, D) to these layers (None: all); returns their positions.

@@ -164,7 +164,8 @@ class Options:
     temperature: float = option(0.0, "0 takes the likeliest token, above 0 samples", high=100)
     top_p: float = option(1.0, "sample among the likeliest tokens of this probability", 0.001, 1)
     seed: int = option(0, "of the sampling")
-    batch: int = option(32, "with --data: clips heard, and questions asked, at a time", low=1)
+    batch: int = option(32, "with --data: clips heard at a time, and four times as many questions",
+                        low=1)
     out: str = option(None, "with --data: where to write the answers, as JSON", group="output")
     controls: bool = option(False, "with --data: score it on silence and on a wrong clip too")
     listen: str = option(None, "draw where the attention of the answer fell, a .png")

@@ -456,19 +456,21 @@ def print_examples(items, answers):
 @dataclass(frozen=True)
 class Options:
     mode: str = option("lal", "how the audio enters the LLM", choices=tuple(MODES), group="model")
-    routes: str = option(None, "instead of a mode, how each encoder's tokens do, like "
-                               "whisper=plits,sslam=lal,clap=lal")
+    routes: str = option(None, "instead of --mode, the route of each encoder's tokens, "
+                               "like whisper=plits,sslam=lal,clap=lal")
     connector: str = option(None, "auto: lfst for sslam with clap, else mlp; default: mlp for the "
                                   "miniatures, else auto", choices=("auto", *CONNECTORS))
     config: str = option(None, "IntegrationConfig's fields, like queries=16,audio_rope=off")
     lal_layers: str = option("all", "layers that LAL writes: all, 2: or ::2 or 0,1; or of each "
                                     "encoder, like sslam=2:,clap=:2")
-    freeze: str = option("none", "LLM weights never to train: ffn, all (llm), or all but low-rank "
-                                 "updates (lora)", choices=("none", "ffn", "llm", "lora"))
+    freeze: str = option("none", "LLM weights never to train. ffn: the feed-forward parts; llm: "
+                                 "all; lora: all, but low-rank updates are learnt",
+                         choices=("none", "ffn", "llm", "lora"))
     train_encoders: bool = option(False, "train the encoders too, whenever the LLM is trained")
     encoders: str = option("all", "the miniatures to join, like whisper,sslam, or in their stead "
                                   "public checkpoints, like whisper=tiny.en.pt,sslam=sslam.pt")
-    llm: str = option(None, "folder of a real LLM, Llama or Qwen2; it replaces the small one")
+    llm: str = option(None, "folder of a real LLM (Llama, Qwen2.5, SmolLM2), instead of the small "
+                            "one")
     base: str = option("assets/base.pt", "the miniature encoders and LLM, of data/pretrain.py")
     data: str = option(None, "your own questions, a JSON list or JSONL; else the listening world",
                        group="data")
@@ -476,7 +478,7 @@ class Options:
     audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
     skip_bad: bool = option(False, "go on without the items of --data that cannot be used")
     clips: int = option(4500, "training clips of the listening world", low=1)
-    test_clips: int = option(240, "test clips of it, with about nine questions each", low=1)
+    test_clips: int = option(240, "test clips of it, with eight or nine questions each", low=1)
     difficulty: int = option(1, "of the listening world: more events, overlap and noise", high=2)
     keep_features: bool = option(True, "hear each training clip once, not whenever it is asked for")
     feature_cache: str = option(None, "folder where features are kept for later runs")

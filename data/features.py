@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import data.world
 import encoders
+import integrate
 from data.batches import read_clips, report_unreadable
 from data.lists import record_seconds
 from lib import audio, resampling
@@ -31,9 +32,8 @@ def extract_features(model, clips, unreadable=None):
     """
     model.eval()
     clips, seconds = record_seconds(clips)
-    # On a CPU each core has clips of its own, which is sooner done than all cores at one batch; for
-    # a GPU one thread reads while the other waits, but mps takes one alone. About 16 clips are in
-    # memory at once.
+    # CPU: one thread for each core, each with clips of its own. CUDA: two threads, of which one
+    # reads while the other encodes. MPS: one. About 16 clips are in memory at once.
     threads = {"cpu": torch.get_num_threads(), "mps": 1}.get(model.device.type, 2)
     names, size = list(clips), math.ceil(16 / threads)
     groups = [{clip: clips[clip] for clip in names[i:i + size]}
@@ -65,7 +65,7 @@ def load_features(model, split, o):
     a file whose name is a hash of all that they depend on: clips, encoders and code."""
     if not o.feature_cache:
         return extract_features(model, split.clips, split.unreadable)
-    code = audio, resampling, encoders, data.world
+    code = audio, resampling, encoders, integrate, data.world
     files = [find_file(o.base), *(module.__file__ for module in code), *split.clips]
     files += [encoder.checkpoint_path for encoder in model.encoders.values()]
     files = [Path(file).stat() for file in files if isinstance(file, (str, Path))]

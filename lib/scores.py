@@ -1,8 +1,10 @@
-"""How good answers are: exact match, choices, word error rate, CIDEr-D, and their intervals.
+"""How good answers are: exact match, choices, word error rate, CIDEr-D, with their intervals, and
+mean average precision.
 
     python -c "from lib.scores import *; print(edit_distance('a b'.split(), 'a c'.split()))"
 
-CIDEr-D and word error rate equal those of pycocoevalcap and jiwer on the same words.
+CIDEr-D and word error rate equal those of pycocoevalcap and jiwer on the same words, average
+precision equals scikit-learn's.
 """
 import math
 import re

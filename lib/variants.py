@@ -104,9 +104,9 @@ class Summary(nn.Module):
 def add_summaries(model):
     """Let an AudioLLM hear summaries of its connectors' tokens the PLITS way, then all of the
     tokens LAL's way. Summaries come first, so that they see nothing of the audio's keys."""
-    kinds, width = list(model.connectors), model.llm.config.hidden_size
+    width = model.llm.config.hidden_size
     model.connectors["summaries"] = nn.ModuleList(
-        Summary(model.config.summary_tokens, width) for _ in kinds)
+        Summary(model.config.summary_tokens, width) for _ in list(model.connectors))
     model.routes = dict.fromkeys(model.routes, "lal")
     model.segments = partial(segments_with_summaries, model, model.segments)
 

@@ -16,7 +16,7 @@ from integrate import (CONNECTORS, LFST, MODES, AudioLLM, IntegrationConfig, MLP
 from lib.tokenizers import train_tokenizer
 from lib.variants import write_attention_only, write_feed_forward_only
 from lib.weights import bytes_to_tensor
-from model import PAD_POSITION, Attention, KVCache, Linear, position_mask
+from model import Attention, KVCache, Linear, position_mask
 from test_model import make
 
 SEEDS = range(3)

@@ -14,7 +14,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from data import lists
-from data.lists import MAX_CHARACTERS, QuestionList, drop_unreadable, wrong_clips
+from data.lists import QuestionList, drop_unreadable, wrong_clips
 
 
 def write_wav(path, seconds, rate=16000, channels=1, seed=0):
