@@ -251,7 +251,10 @@ def test_what_fits_is_the_most_that_fits(call, tiny):
     for row in rows(0.01):
         batch, fixed, clip = list(row.values())[1:4]
         assert fixed + batch * clip <= 0.01 * (1 + 1e-3) and fixed + (batch + 2) * clip > 0.01
+    one, two = (bench.saved_activation_bytes(SMALL, make_workload("plits", B, 64, 3), 2)
+                for B in (1, 2))
     plits, lal, pal, summary = rows(0.01)
+    assert 1e9 * plits["GB a clip"] == pytest.approx(two - one + 3 * SMALL.vocab_size * (4 + 4 + 4))
     assert plits["largest micro-batch"] < pal["largest micro-batch"] < lal["largest micro-batch"]
     assert plits["hours"] > summary["hours"] > lal["hours"]
     assert {row["largest micro-batch"] for row in rows(1e-6)} == {0}

@@ -721,6 +721,8 @@ def test_configurations_that_do_not_go_together_are_one_line(mode, config, word)
         audio_llm(mode, config=IntegrationConfig(**config))
     with pytest.raises(ValueError, match="lfst"):
         AudioLLM(make(0), None, {}, "lal", IntegrationConfig("lfst"))
+    with pytest.raises(ValueError, match="sslam and clap share a connector"):
+        audio_llm("lal", config=IntegrationConfig("lfst", lal_layers="sslam=1:"), clap=True)
 
 
 # ------------------------------------------------------ checkpoints, older, newer, tampered with

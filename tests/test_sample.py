@@ -61,6 +61,16 @@ def test_as_a_program_of_its_own(checkpoint, tmp_path):
     assert line.startswith("sample.py: none.wav")
 
 
+def test_an_answer_does_not_wait_for_torchs_compiler(checkpoint, tmp_path):
+    """Importing it would take as long as the whole answer."""
+    write_wav(tmp_path / "a.wav", 1.0)
+    program = ("import sys, sample; sample.main(sample.Options(audio='a.wav', prompt='What?', "
+               f"ckpt={str(checkpoint)!r}, device='cpu')); print('torch._dynamo' in sys.modules)")
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True,
+                            text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.stdout.splitlines()[-1] == "False", result.stderr
+
+
 def test_one_question_gives_one_answer_that_the_seed_decides(call, checkpoint):
     write_wav("a.wav", 1.0)
     options = ["--audio", "a.wav", "--prompt", "What is it?", "--max-new-tokens", 9]
