@@ -37,7 +37,7 @@ from model import LLM
 ROWS = 4  # questions and choices, which are short, for each clip that is held in memory
 
 
-def answer_all(model, features, questions, batch=256, **sampling):
+def answer_all(model, features, questions, batch=64, **sampling):
     """Answers to a list of (clip, text, choices): for each a text, and the log-likelihoods of its
     choices.
 
