@@ -677,7 +677,7 @@ def test_symptoms_name_what_the_shipped_model_does():
 
     for number, measure, before, after in (
             (21, one_by_one, 93.3, 10.7), (22, score, 93.6, 0), (23, score, 93.6, 89.0),
-            (24, loss, 0.07, 42.8), (27, score, 93.6, 16.6)):
+            (24, loss, 0.07, 42.8), (27, score, 93.6, 14.9)):
         bug = EXERCISES[number]
         assert abs(measure() - before) < 1 and str(before) in bug.text.replace("\n", " "), number
         with running(bug, exercises.put_in_bug(file_text(bug), bug)):
@@ -885,8 +885,10 @@ def test_all_are_handed_out_and_graded(repository, do):
     do(repository, "plant", 24)
     code, text = do(repository, "grade")
     result = json.loads(text.splitlines()[-1])
-    assert code == 0 and result["of"] >= 17 and result["green"] == 1
-    assert result["exercises"]["15"] and not result["exercises"]["24"]
+    assert code == 0 and result["of"] >= 17
+    # bugs that other tests have planted here, and removed, count too, and may be green
+    assert [str(n) for n in range(1, len(FILL_INS) + 1) if result["exercises"][str(n)]] == ["15"]
+    assert not result["exercises"]["24"]
     for number in [*range(1, len(FILL_INS) + 1), 24]:
         do(repository, "solve", number)
     after = contents(repository)
