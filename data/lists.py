@@ -24,6 +24,7 @@ from unicodedata import normalize
 from tqdm import tqdm
 
 from lib.audio import check_audio, load_audio
+from lib.processes import rank_and_size
 
 TEXT_FIELDS = ("audio_id", "instruction", "output", "input", "task", "dataset")
 REQUIRED_FIELDS = ("audio_id", "instruction", "output")
@@ -55,10 +56,13 @@ class QuestionList:
             raise ValueError(problems[0])
         if count:
             summary = f"{path}: {count} items cannot be used, the first {len(problems)} are above"
-            print(*problems, sep="\n", file=sys.stderr)
+            tells = rank_and_size()[0] == 0  # one process for all
+            if tells:
+                print(*problems, sep="\n", file=sys.stderr)
             if not skip_bad:
                 raise ValueError(f"{summary}; --skip-bad goes on without them")
-            print(f"{summary}; {len(self)} stay", file=sys.stderr)
+            if tells:
+                print(f"{summary}; {len(self)} stay", file=sys.stderr)
         if not self.starts:
             raise ValueError(f"{path}: empty: expected a list of questions")
 

@@ -1212,6 +1212,14 @@ def test_two_processes_are_one_with_twice_the_parts(run_train, run_two, sounds, 
 
 
 @pytest.mark.slow
+def test_two_processes_tell_once_of_items_that_cannot_be_used(run_two, sounds):
+    items = json.loads((sounds / "q.json").read_text())
+    (sounds / "q.json").write_text(json.dumps([items[0], item("gone.wav"), *items[1:]]))
+    _, stderr, _ = run_two("--skip-bad")
+    assert stderr.count("gone.wav") == 1 and stderr.count("items cannot be used") == 1
+
+
+@pytest.mark.slow
 def test_two_processes_tell_once_of_a_clip_that_cannot_be_read(run_train, run_two, unreadable,
                                                                monkeypatch):
     options = "--skip-bad", "--no-keep-features"
