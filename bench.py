@@ -523,7 +523,7 @@ def arithmetic(o, Na, Nt):
 def draw(function, path, *what):
     try:
         function(path, *what)
-    except ValueError as error:  # there is no matplotlib: the numbers are worth having without it
+    except ValueError as error:  # such as no matplotlib: the numbers are worth having without it
         print(f"no picture: {error}", file=sys.stderr)
 
 
@@ -564,21 +564,20 @@ def quality(o):
     runs = {run: None for run in product(range(o.seeds), lengths, arms)}
     for seed, steps, arm in tqdm(runs, desc="runs"):
         runs[seed, steps, arm] = train_and_score(arm_options(o, arm, seed, steps))
-    rows = []
+    rows, curves = [], {arm: [] for arm in arms}
     for arm in arms:
         cost = step_cost(arm_options(o, arm, 0, o.steps), device, o.rounds)
         for steps in lengths:
             scores = [task_scores(runs[seed, steps, arm]["scores"]) for seed in range(o.seeds)]
-            shares = {task: mean_and_deviation([100 * s[task] for s in scores])
-                      for task in scores[0]}
-            rows.append({"arm": arm, "steps": steps, **shares, **cost})
+            shares = {task: [100 * s[task] for s in scores] for task in scores[0]}
+            means = {task: mean_and_deviation(values) for task, values in shares.items()}
+            rows.append({"arm": arm, "steps": steps, **means, **cost})
+            curves[arm].append((steps * cost["GFLOPs"] / 1000, steps * cost["ms"] / 1000,
+                                shares["all"]))
     print_table("% exactly right, mean ± sample standard deviation over seeds, and what a step of "
                 f"{QUESTIONS} questions costs", rows)
     if o.curves:
-        draw(draw_learning, Path(o.out) / "learning.png", {row["arm"]: [
-            (steps * row["GFLOPs"] / 1000, steps * row["ms"] / 1000,
-             [100 * runs[seed, steps, row["arm"]]["scores"]["all all"]["model"]
-              for seed in range(o.seeds)]) for steps in lengths] for row in rows})
+        draw(draw_learning, Path(o.out) / "learning.png", curves)
     runs = [{"arm": arm, "seed": seed, **run} for (seed, _, arm), run in runs.items()]
     print(json.dumps({"settings": asdict(o), "machine": describe_machine(str(device)),
                       "quality": rows, "runs": runs}))

@@ -544,7 +544,7 @@ class AudioLLM(nn.Module):
         """Hidden states (B, T, D) of text ids (B, T), padded at the end, after a batch of clips.
 
         Row i is about clip clip_index[i], which is heard once for all its rows; without clip_index
-        there is one row for each clip.
+        it is about clip i.
         """
         segments, text = self.segments(features), Segment("plits", self.llm.embed(ids))
         cache = KVCache(self.llm.config.num_hidden_layers)

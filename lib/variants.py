@@ -21,6 +21,7 @@ from itertools import product
 import torch
 from torch import nn
 
+from encoders import ENCODERS
 from integrate import MODES, CrossAttentionBlock, Segment, valid_mask
 from model import PAD_POSITION, attention_mask, rotary, rotate
 
@@ -188,10 +189,9 @@ ARMS = {
 }
 # Of one encoder half of the layers alone, and every table of routes that is no mode, named by its
 # letters: plp is Whisper PLITS, SSLAM LAL, CLAP PLITS
-KINDS = ("whisper", "sslam", "clap")
-ARMS |= {f"{kind}-{half}": {"lal_layers": f"{kind}={layers}"} for kind in KINDS
+ARMS |= {f"{kind}-{half}": {"lal_layers": f"{kind}={layers}"} for kind in ENCODERS
          for half, layers in (("lower", ":2"), ("upper", "2:"))}
 ARMS |= {"".join(letters): {"routes": ",".join(
              f"{kind}={'plits' if letter == 'p' else 'lal'}"
-             for kind, letter in zip(KINDS, letters))}
+             for kind, letter in zip(ENCODERS, letters))}
          for letters in product("pl", repeat=3) if "".join(letters) not in ("ppp", "lll", "pll")}

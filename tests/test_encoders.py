@@ -499,7 +499,7 @@ ABSURD = {
 
 @pytest.fixture
 def limited_memory(absurdity):
-    """Memory stays below ten times 10^7 numbers. Tracing it is slow: where nothing is large, not."""
+    """Memory stays below ten times 10^7 numbers. It is traced only where something is large."""
     if "10^7" not in absurdity:
         yield
         return

@@ -274,8 +274,8 @@ def test_one_token_after_a_padded_cache_does_not_see_the_padding():
     ("pal", None, True, ["positions", "positions"])])
 def test_the_kernel_gets_the_causal_mask_unless_there_is_padding(mode, layers, padded, expected,
                                                                  monkeypatch):
-    """Which mask each decoder call hands to the attention kernel, as on CUDA. With the explicit mask
-    of positions the result is the same."""
+    """Which mask each decoder call hands to the attention kernel, as on CUDA. With the explicit
+    mask of positions the result is the same."""
     llm, ids, a = setting(4)
     lengths = (torch.tensor([4, 2]), torch.tensor([3, 5])) if padded else (None, None)
     segments = [Segment("plits", llm.embed(torch.tensor([[1]]))),

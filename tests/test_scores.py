@@ -96,7 +96,8 @@ def test_labels_count_alike_in_the_macro_average_however_rare():
     assert scores == {"exact match": 1 / 4, "choice by words": 2 / 4, "choice by likelihood": 3 / 4,
                       "choice by words, macro": (2 / 3 + 0) / 2,
                       "choice by likelihood, macro": 1 / 2}
-    answers[3], items[3]["choices"] = ("owl", []), []  # a question without choices does not count where there are some
+    # a question without choices does not count where there are some
+    answers[3], items[3]["choices"] = ("owl", []), []
     measures = task_measures("reasoning", items, answers)
     assert weighted_mean(*measures["choice by words"]) == 2 / 3 and len(measures) == 3
 
