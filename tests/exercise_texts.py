@@ -111,8 +111,9 @@ FILL_INS = (
         "Go through the segments in order; leave out those without tokens; neighbours of one\n"
         "route and one `layers` are one group. tokens: those of a group, joined by\n"
         "cat_broadcast along dimension 1. positions: padded_positions(group,\n"
-        "cache.next_position), before the group goes in. A plits group is one call llm.model(tokens, positions, cache), which\n"
-        "returns hidden states; its tokens are expanded to the largest batch so far. Any\n"
+        "cache.next_position), before the group goes in. A plits group is one call\n"
+        "llm.model(tokens, positions, cache), which returns hidden states; its tokens are\n"
+        "expanded to the largest batch so far. Any\n"
         "other group goes to write(llm, tokens, route, cache, layers, positions) and\n"
         "returns nothing. Return the hidden states of the last group, None if it was written\n"
         "or there is none.",
