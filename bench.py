@@ -22,11 +22,7 @@ and of all its keys, c an LLMConfig, w a Workload, o the Options.
 import bisect
 import io
 import json
-import multiprocessing
 import statistics
-import sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -43,11 +39,11 @@ from data.lists import add_token_ids
 from data.pretrain import load_base
 from data.world import load_world
 from integrate import hear, pal
-from lib.cli import command_line, option, pick_device
-from lib.plots import draw_costs, draw_learning
-from lib.profiling import (attention_kernels, available_memory, count_flops, count_saved_bytes,
-                           describe_machine, hf_reference_step, limit_memory, print_table,
-                           product_rate, time_in_turns)
+from lib.cli import command_line, option, parse_sizes, pick_device
+from lib.plots import draw_costs, draw_if_possible, draw_learning
+from lib.profiling import (attention_kernels, available_memory, call_elsewhere, count_flops,
+                           count_saved_bytes, describe_machine, hf_reference_step, limit_memory,
+                           print_table, product_rate, time_in_turns)
 from lib.scores import mean_and_deviation, task_scores
 from lib.variants import ARMS
 from model import LLM, LLMConfig
@@ -382,17 +378,10 @@ def measure_row(o, phase, mode, Na, Nt):
 
 
 def measure_rows(o, phase, mode, rows, bar):
-    """The rows of a mode, all in one process; if that is killed, for memory, in another one."""
-    spawn, measured = multiprocessing.get_context("spawn"), []
-    while len(measured) < len(rows):
-        with ProcessPoolExecutor(1, mp_context=spawn) as process:
-            try:
-                for Na, Nt in rows[len(measured):]:
-                    measured.append(process.submit(measure_row, o, phase, mode, Na, Nt).result())
-                    bar.update()
-            except BrokenProcessPool:
-                measured.append({"mode": mode, "Na": Na, "Nt": Nt} | OUT_OF_MEMORY)
-    return measured
+    """The rows of a mode, all in a process of their own."""
+    results = call_elsewhere(measure_row, [(o, phase, mode, *row) for row in rows], bar)
+    return [result or {"mode": mode, "Na": Na, "Nt": Nt} | OUT_OF_MEMORY
+            for (Na, Nt), result in zip(rows, results)]
 
 
 def sweep(o, rows):
@@ -520,13 +509,6 @@ def arithmetic(o, Na, Nt):
     return {"costs": costs, "limits": limits(c, Nt), "accounting": accounting}
 
 
-def draw(function, path, *what):
-    try:
-        function(path, *what)
-    except ValueError as error:  # such as no matplotlib: the numbers are worth having without it
-        print(f"no picture: {error}", file=sys.stderr)
-
-
 def draw_picture(o, measured, Na, Nt):
     """Memory and speed against Na, as bench-LLM.png in o.out."""
     c = LLMS[o.llm]
@@ -541,11 +523,12 @@ def draw_picture(o, measured, Na, Nt):
                               dots, [row["columns"]["saved MB"] for row in rows])
         speed_lines[mode] = (sizes, [w.B * rate / train_flops(c, w, causal=True) for w in line],
                              dots, [o.batch / total_seconds(row) for row in rows])
-    draw(draw_costs, Path(o.out) / f"bench-{o.llm}.png",
-         f"{o.llm}, {o.dtype}, batch {o.batch}; lines predicted, dots measured",
-         f"audio tokens Na (Nt {Nt})",
-         {"MB saved for backward": memory_lines,
-          f"training steps, samples/s\n(lines: at {rate / 1e9:.3g} GFLOP/s)": speed_lines})
+    draw_if_possible(
+        draw_costs, Path(o.out) / f"bench-{o.llm}.png",
+        f"{o.llm}, {o.dtype}, batch {o.batch}; lines predicted, dots measured",
+        f"audio tokens Na (Nt {Nt})",
+        {"MB saved for backward": memory_lines,
+         f"training steps, samples/s\n(lines: at {rate / 1e9:.3g} GFLOP/s)": speed_lines})
 
 
 # -------------------------------------------------------------------------------------- quality
@@ -577,7 +560,7 @@ def quality(o):
     print_table("% exactly right, mean ± sample standard deviation over seeds, and what a step of "
                 f"{QUESTIONS} questions costs", rows)
     if o.curves:
-        draw(draw_learning, Path(o.out) / "learning.png", curves)
+        draw_if_possible(draw_learning, Path(o.out) / "learning.png", curves)
     runs = [{"arm": arm, "seed": seed, **run} for (seed, _, arm), run in runs.items()]
     print(json.dumps({"settings": asdict(o), "machine": describe_machine(str(device)),
                       "quality": rows, "runs": runs}))
@@ -676,15 +659,6 @@ class Options:
     base: str = option("assets/base.pt", "with --quality: the miniature encoders and LLM")
 
 
-def parse_sizes(text, flag):
-    """"256,64" as [64, 256]. ValueError if it says anything else."""
-    sizes = text.split(",")
-    if not all(size.isdigit() and 1 <= int(size) <= MAX_AUDIO_TOKENS for size in sizes):
-        raise ValueError(f"{flag} {text}: expected whole numbers of 1 to {MAX_AUDIO_TOKENS}, "
-                         "like 64,256")
-    return sorted(set(map(int, sizes)))
-
-
 def workload(o, mode, phase, Na, Nt):
     """The Workload that the options make of a mode. phase: train or infer."""
     infer_batch = SMALL_BATCH if o.llm == "small" else BATCH_SIZES["infer"]
@@ -697,7 +671,8 @@ def resolve_options(o):
     device, small = pick_device(o.device, o.dtype), o.llm == "small"
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if o.dtype == "auto" else o.dtype
     na = ("64,256" if small else "64,128,256,512,1024,2048") if o.na == "auto" else o.na
-    rows = [(Na, Nt) for Nt in parse_sizes(o.nt, "--nt") for Na in parse_sizes(na, "--na")]
+    rows = [(Na, Nt) for Nt in parse_sizes(o.nt, "--nt", MAX_AUDIO_TOKENS)
+            for Na in parse_sizes(na, "--na", MAX_AUDIO_TOKENS)]
     o = replace(o, device=str(device), dtype=dtype, memory=o.memory or available_memory(device),
                 batch=o.batch or (SMALL_BATCH if small else BATCH_SIZES["train"]))
     needed = count_parameters(LLMS[o.llm]) * getattr(torch, dtype).itemsize / 1e9

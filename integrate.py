@@ -19,8 +19,7 @@ B batch, T text tokens, N audio tokens, S all tokens, D the LLM's width, De an e
 connector's, L queries, H heads, K key-value heads, d head width, V vocabulary.
 """
 import math
-import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import groupby
 from typing import NamedTuple
@@ -29,13 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from encoders import ENCODERS, load_encoder
+from encoders import ENCODERS
+from lib.checkpoints import load_model, save_model
+from lib.cli import layers_by_encoder
 from lib.lora import add_lora
-from lib.tokenizers import tokenizer_from_bytes
-from lib.weights import (as_value_error, build_for, bytes_to_tensor, check_values,
-                         load_checkpoint, load_weights, save_atomically, tensor_to_bytes)
-from model import (LLM, PAD_POSITION, KVCache, Linear, LLMConfig, cat_broadcast, make_positions,
-                   rotary, rotate)
+from model import (PAD_POSITION, KVCache, Linear, cat_broadcast, make_positions, pad_batch, rotary,
+                   rotate)
 
 
 class Segment(NamedTuple):
@@ -131,8 +129,7 @@ def padded_positions(group, start):
     return reduce(cat_broadcast, positions)
 
 
-# The next three are the method in one call, for reading, tests and bench.py; AudioLLM has `prefill`
-# do it.
+# The method in one call, for reading, tests and bench.py; AudioLLM calls `prefill` itself.
 
 def pal(llm, ids, prefix, side, before=None, layers=None):
     """Logits (B, T, V) of text ids (B, T) after `prefix`, heard the PLITS way, and `side`, LAL's.
@@ -197,33 +194,6 @@ class IntegrationConfig:
     whisper_seconds: int = 30  # no more of a clip: short clips then cost less, see Whisper.crop
     summary_tokens: int = 8    # pal-summary: of each connector
     lora_rank: int = 0         # above 0: low-rank updates of the LLM's q_proj and v_proj
-
-
-def parse_layers(text, count):
-    """The layers, of so many, that "4:", "::2" or "0,4,8" names; None for "all"."""
-    if text == "all":
-        return None
-    try:
-        numbers = [int(n) if n else None for n in text.split(":" if ":" in text else ",")]
-        layers = set(range(count)[slice(*numbers)] if ":" in text else numbers)
-    except (ValueError, TypeError):
-        layers = set()
-    if not layers or not layers <= set(range(count)):
-        raise ValueError(f"lal-layers {text}: expected all, or of 0 to {count - 1}: "
-                         "2: or ::2 or 0,1")
-    return sorted(layers)
-
-
-def layers_by_encoder(text, routes, count):
-    """{kind: layers that LAL writes of its tokens, None for all}: "2:" is for every encoder that
-    goes LAL's way, "sslam=2:,clap=0,1" for those it names. routes: {kind: route}."""
-    able = [kind for kind, route in routes.items() if route == "lal"]
-    named = dict.fromkeys(able, text)
-    if "=" in text:
-        named = dict(entry.split("=", 1) for entry in re.split(",(?=[a-z]+=)", text))
-    if text != "all" and not (named and set(named) <= set(able)):
-        raise ValueError(f"lal-layers {text}: here these go LAL's way: {', '.join(able) or 'none'}")
-    return {kind: parse_layers(named.get(kind, "all"), count) for kind in routes}
 
 
 def pool(tokens, size):
@@ -376,14 +346,6 @@ def plan_connectors(encoders, name):
     return plan | {name: (CONNECTORS[name], general)}
 
 
-def pad_batch(rows, device=None):
-    """Rows (n_i, ...) as one (B, N, ...), padded with zeros; their lengths (B,), None if equal."""
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    equal = len({len(row) for row in rows}) == 1
-    batch = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-    return batch, None if equal else lengths
-
-
 def valid_mask(x, lengths):
     """(B, N) bool: which tokens of x (B, N, ...) are not padding."""
     positions, _ = make_positions(0, x.shape[1], lengths)
@@ -409,28 +371,6 @@ def nearest_parts(cells, count, share, valid):
 
 # ------------------------------------------------------------------------------- the whole model
 
-CHECKPOINT_FORMAT = "audio-llm 2"
-
-
-def restore_encoder(kind, about, encoder=None):
-    """The encoder that a checkpoint tells of, as AudioLLM.save writes it; without weights, unless
-    `encoder` comes with those of its own file. ValueError if that is not the same one."""
-    config = ENCODERS[kind].Config(**about["config"])
-    # its tables of filters and positions take memory: no size far above the public ones
-    largest = {name: max(getattr(size, name) for size in ENCODERS[kind].sizes.values())
-               for name in vars(config)}
-    check_values(vars(config), largest, times=4)
-    check_values(about, {"pool_size": 1, "frozen": True})
-    encoder = encoder or ENCODERS[kind](config)
-    if kind == "whisper":  # its file has the whole window
-        encoder.crop(config.seconds)
-    if encoder.config != config:
-        raise ValueError(f"that was trained with another {kind}: {config}")
-    for name in ("pool_size", "frozen", "checkpoint_path"):
-        setattr(encoder, name, about[name])
-    return encoder
-
-
 class AudioLLM(nn.Module):
     """Encoders, their connectors, the LLM, and a route for each encoder.
 
@@ -440,6 +380,7 @@ class AudioLLM(nn.Module):
     encoders: {kind: module of encoders.py}. mode: a name of MODES. An encoder is frozen unless
     its `frozen` is False. ValueError for a mode, connector or layers that do not exist.
     """
+    Config = IntegrationConfig
 
     def __init__(self, llm, tokenizer, encoders, mode, config=IntegrationConfig()):
         super().__init__()
@@ -487,14 +428,6 @@ class AudioLLM(nn.Module):
     @property
     def device(self):
         return self.llm.model.embed_tokens.weight.device
-
-    def is_external(self, name):
-        """Whether this parameter's values are, and stay, those of a file of the encoder's or of the
-        LLM's own."""
-        if name.startswith("llm."):
-            return bool(self.llm.checkpoint_path) and self.llm.frozen and "lora_" not in name
-        return any(e.checkpoint_path and e.frozen and name.startswith(f"encoders.{kind}.")
-                   for kind, e in self.encoders.items())
 
     def spectrograms(self, clip):
         """What a data worker does for one clip, on the CPU: {kind: (its spectrogram, the clip's
@@ -572,19 +505,8 @@ class AudioLLM(nn.Module):
         return [self.tokenizer.decode(ids).strip() for ids in new]
 
     def save(self, path, **extra):
-        """Write everything to one file, tensors and plain types only; `extra` is kept beside it.
-
-        Of a frozen encoder or LLM that came from files of its own only their path is kept.
-        """
-        state = {name: t for name, t in self.state_dict().items() if not self.is_external(name)}
-        encoders = {kind: {"config": asdict(e.config), "pool_size": e.pool_size,
-                           "frozen": e.frozen, "checkpoint_path": e.checkpoint_path}
-                    for kind, e in self.encoders.items()}
-        save_atomically(path, {
-            "format": CHECKPOINT_FORMAT, "mode": self.mode, "config": asdict(self.config),
-            "llm": asdict(self.llm.config), "tokenizer": bytes_to_tensor(self.tokenizer.serialized),
-            "llm_path": self.llm.checkpoint_path if self.llm.frozen else None,
-            "encoders": encoders, "state": state, **extra})
+        """Write everything to one file; `extra` is kept beside it. See lib/checkpoints.py."""
+        save_model(self, path, extra)
 
     @classmethod
     def load(cls, path, checkpoint_paths=None):
@@ -592,53 +514,7 @@ class AudioLLM(nn.Module):
 
         checkpoint_paths: {kind or "llm": path} of files that have moved since.
         """
-        saved, paths = load_checkpoint(path, CHECKPOINT_FORMAT), checkpoint_paths or {}
-        guard = partial(as_value_error, path, "AudioLLM of this code", "use the code that wrote it")
-        with guard():
-            files = {kind: about["checkpoint_path"] for kind, about in saved["encoders"].items()
-                     if about["checkpoint_path"] and about["frozen"] and kind in ENCODERS}
-            if saved.get("llm_path"):
-                files["llm"] = saved["llm_path"]
-            parts = {kind: str(paths.get(kind, file)) for kind, file in files.items()}
-        for kind, file in parts.items():
-            try:
-                parts[kind] = (LLM.from_pretrained(file) if kind == "llm"
-                               else load_encoder(kind, file))
-            except ValueError as error:
-                raise ValueError(f"{error}; {path} needs this file: --encoders {kind}=PATH says "
-                                 "where it lies now") from None
-        with guard(), build_for(saved["state"]):
-            encoders = {kind: restore_encoder(kind, about, parts.get(kind))
-                        for kind, about in saved["encoders"].items()}
-            llm = parts.get("llm") or LLM(LLMConfig(**saved["llm"]))
-            if asdict(llm.config) != saved["llm"]:
-                raise ValueError(f"that was trained with another LLM: {saved['llm']}")
-            llm.frozen = "llm" in parts
-            tokenizer = tokenizer_from_bytes(tensor_to_bytes(saved["tokenizer"]))
-            name = "llm.model.embed_tokens.weight"
-            tokens, width = saved["state"].get(name, llm.model.embed_tokens.weight).shape
-            check_values({"tokens": tokenizer.vocab_size, "hidden_size": llm.config.hidden_size},
-                         {"tokens": tokens, "hidden_size": width}, times=1)
-            config = IntegrationConfig(**saved["config"])
-            check_values(vars(config), vars(IntegrationConfig()), times=1000)
-        with guard(), build_for(saved["state"], "cpu"):  # a connector may hold plain tensors too
-            model = cls(llm, tokenizer, encoders, saved["mode"], config)
-        model.load_checkpoint_state(path, saved)
-        model.options = saved.get("options", {})  # train.py's
-        return model.eval()
-
-    def load_checkpoint_state(self, path, saved):
-        """Take the weights from a checkpoint of this very model. ValueError if it is of another."""
-        with as_value_error(path, "AudioLLM of this code", "use the code that wrote it"):
-            mine = {"mode": self.mode, **asdict(self.config)}
-            theirs = {"mode": saved["mode"], **asdict(IntegrationConfig(**saved["config"]))}
-            if mine != theirs:
-                differences = [f"{name} {theirs[name]}, not {mine[name]}" for name in mine
-                               if theirs[name] != mine[name]]
-                raise ValueError(f"{path}: was trained with {'; '.join(differences)}")
-            external = {name: t for name, t in self.state_dict().items() if self.is_external(name)}
-            load_weights(self, saved.pop("state") | external, f"{path}: of another model",
-                         torch.float32)
+        return load_model(cls, path, checkpoint_paths or {})
 
 
 import lib.variants  # noqa: E402, F401 - at the end, as it builds on this file: adds to MODES

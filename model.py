@@ -13,15 +13,14 @@ Letters in shapes: B batch, T new tokens, S all tokens so far, D width, H heads,
 d head width, V vocabulary. RoPE is rotary position embedding, GQA grouped-query attention.
 """
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.hf_config import LLAMA3_ROPE, read_config
-from lib.weights import (as_value_error, build_for, check_values, load_tensors, load_weights,
-                         strip_prefixes)
+from lib.huggingface import LLAMA3_ROPE, load_pretrained
+from lib.weights import check_values
 
 PAD_POSITION = 1 << 30  # the position of padding: after every query, so no query sees it
 
@@ -325,6 +324,7 @@ class Decoder(nn.Module):
 
 class LLM(nn.Module):
     """A decoder LLM: `llm(ids)` gives logits, `llm.generate(ids, n)` gives new ids."""
+    Config = LLMConfig
     checkpoint_path = None  # the folder that the weights came from
     frozen = False          # they are never trained: a checkpoint need not copy them
 
@@ -356,22 +356,7 @@ class LLM(nn.Module):
         Weights stored in `dtype` stay mapped to the file until they are used. Raises ValueError,
         one line, for a file that is missing, damaged, or of a model that is not computed here.
         """
-        config, tensors = read_config(folder, LLMConfig), load_tensors(folder)
-        with as_value_error(folder, "weights of such a model"):
-            tensors = {name if name.startswith("lm_head.") else f"model.{name}": tensor
-                       for name, tensor in strip_prefixes(tensors).items()
-                       if not name.endswith("rotary_emb.inv_freq")}  # which old Llamas store
-            # a head that is no copy of the embedding is used, as transformers 5 does
-            head, embedding = tensors.get("lm_head.weight"), tensors["model.embed_tokens.weight"]
-            tied = config.tie_word_embeddings and (head is None or torch.equal(head, embedding))
-            config = replace(config, tie_word_embeddings=tied)
-            if tied:
-                tensors.pop("lm_head.weight", None)
-            with build_for(tensors):
-                llm = cls(config)
-        load_weights(llm, tensors, folder, dtype, device)
-        llm.checkpoint_path = str(folder)
-        return llm.eval()
+        return load_pretrained(cls, folder, dtype, device)
 
     def embed(self, ids):
         return self.model.embed_tokens(ids)  # (B, T) -> (B, T, D)
@@ -419,15 +404,16 @@ class LLM(nn.Module):
         prompts = [ids] if single else ids.tolist() if torch.is_tensor(ids) else ids
         if not prompts or not all(prompts):
             raise ValueError("nothing to continue: every prompt needs at least one token")
-        batch, lengths = pad_prompts(prompts, self.model.embed_tokens.weight.device)
+        device = self.model.embed_tokens.weight.device
+        batch, lengths = pad_batch([torch.tensor(prompt) for prompt in prompts], device)
         B, T = batch.shape
         cache = KVCache(self.config.num_hidden_layers) if cache is None else cache
         cache = cache.fork(range(B) if clip_index is None else clip_index, T + max_new_tokens)
-        padded = bool((lengths < T).any())
-        positions = make_positions(cache.next_position, T, lengths)[0] if padded else None
-        rng = None if seed is None else torch.Generator(batch.device).manual_seed(seed)
-        hidden = self.model(self.embed(batch), positions, cache)
-        hidden = hidden[torch.arange(B), lengths - 1]  # (B, D): of each prompt's last token
+        positions, last = None, -1  # of each prompt, the last token
+        if lengths is not None:
+            positions, last = make_positions(cache.next_position, T, lengths)[0], lengths - 1
+        rng = None if seed is None else torch.Generator(device).manual_seed(seed)
+        hidden = self.model(self.embed(batch), positions, cache)[torch.arange(B), last]  # (B, D)
         answers, rows, ended = [[] for _ in prompts], list(range(B)), [False] * B
         eos_ids = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
         for step in range(max_new_tokens):
@@ -448,11 +434,11 @@ class LLM(nn.Module):
         return answers[0] if single else answers
 
 
-def pad_prompts(prompts, device):
-    """Lists of ids as one tensor (B, T), padded at their ends, and their lengths (B,)."""
-    rows = [torch.tensor(prompt, device=device) for prompt in prompts]
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
+def pad_batch(rows, device=None):
+    """Rows (n_i, ...) as one (B, N, ...), padded with zeros; their lengths (B,), None if equal."""
+    lengths = [len(row) for row in rows]
+    batch = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    return batch, None if len(set(lengths)) == 1 else torch.tensor(lengths, device=device)
 
 
 def sample_token(logits, temperature, top_p, rng=None):

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.features import warn_length_mismatch
+from data.features import warn_length_mismatch, warn_outside_world
 from data.lists import (MAX_CHARACTERS, QuestionList, drop_unreadable, record_seconds,
                         wrong_clips)
 from data.pretrain import parse_encoders
 from encoders import ENCODERS
-from integrate import AudioLLM, Segment, pad_batch, prefill
+from integrate import AudioLLM, Segment, prefill
 from lib.attention import LISTEN_SECONDS, RATE, draw_answer
 from lib.audio import check_audio, load_audio
 from lib.cli import command_line, option, pick_device
@@ -32,7 +32,7 @@ from lib.plots import import_figure
 from lib.scores import print_scores, split_labels
 from lib.tokenizers import load_tokenizer
 from lib.weights import save_atomically
-from model import LLM
+from model import LLM, pad_batch
 
 ROWS = 4  # questions and choices, which are short, for each clip that is held in memory
 
@@ -192,17 +192,6 @@ def newest_checkpoint():
     """The newest that train.py left under out/, or the one that comes with the code."""
     checkpoints = sorted(Path("out").glob("*/model.pt"), key=lambda p: p.stat().st_mtime)
     return checkpoints[-1] if checkpoints else Path(__file__).parent / "assets" / "lal.pt"
-
-
-def warn_outside_world(model, path):
-    """Say once that a model that was trained on the listening world knows no other sounds, if this
-    clip is not from there."""
-    ours = (Path("out/demo"), Path(__file__).parent / "assets")
-    miniatures = not any(encoder.checkpoint_path for encoder in model.encoders.values())
-    if miniatures and not model.options.get("data") and not any(
-            Path(path).resolve().is_relative_to(folder.resolve()) for folder in ours):
-        print("this model has learnt only the sounds and words of the listening world (README): of "
-              "other recordings expect nonsense; train one with --data", file=sys.stderr)
 
 
 def load_model(path, encoders=None):

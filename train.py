@@ -30,11 +30,13 @@ from data.batches import ItemDataset, index_batches, load_batches
 from data.features import extract_features, load_features
 from data.lists import QuestionList, add_token_ids, count_answers, wrong_clips
 from data.pretrain import load_base
-from integrate import CHECKPOINT_FORMAT, CONNECTORS, MODES, IntegrationConfig
+from integrate import CONNECTORS, MODES, IntegrationConfig
+from lib.checkpoints import CHECKPOINT_FORMAT, restore_weights
 from lib.cli import command_line, option, pick_device
 from lib.optim import cosine_schedule, pad_rows, peak_memory
 from lib.processes import (catch_stop_signals, join_processes, leave_processes, rank_and_size,
                            sum_over_processes)
+from lib.scores import print_examples
 from lib.weights import load_checkpoint
 from sample import answer_all
 
@@ -371,7 +373,7 @@ def load_start(model, o, fingerprint):
     if not path.is_file():
         raise ValueError(f"{path} is missing: train with --stage {int(o.stage) - 1} first")
     saved = load_checkpoint(path, CHECKPOINT_FORMAT)
-    model.load_checkpoint_state(path, saved)
+    restore_weights(model, path, saved)
     if not o.resume:
         return start | {"step": saved["step"]}
     for name, value in asdict(o).items():
@@ -439,16 +441,6 @@ def majority_answers(items, train_items):
         counter[item.get("output")] += 1
     commonest = {key: counter.most_common(1)[0][0] for key, counter in counters.items()}
     return [commonest.get((item["domain"], item["task"]), "") for item in items]
-
-
-def print_examples(items, answers):
-    """Print three right answers and two wrong ones, drawn at random."""
-    rng = np.random.default_rng(0)
-    for label, is_right, count in (("right", True, 3), ("wrong", False, 2)):
-        index = [i for i, item in enumerate(items) if (answers[i] == item["output"]) == is_right]
-        for i in rng.permutation(index)[:count].tolist():
-            correction = "" if is_right else f"   (it was: {items[i]['output']})"
-            print(f"{label}: {items[i]['instruction']} -> {answers[i]}{correction}")
 
 
 # -------------------------------------------------------------------------------------------- main

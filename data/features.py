@@ -99,3 +99,14 @@ def warn_length_mismatch(model, seconds):
             filling = "its own repetition" if kind == "clap" else "silence"
             print(f"{kind} hears {window:g} s: {filling} is added to {shorter} of {len(seconds)} "
                   f"clips (the shortest has {min(seconds):.2f} s)", file=sys.stderr)
+
+
+def warn_outside_world(model, path):
+    """Say once that a model that was trained on the listening world knows no other sounds, if this
+    clip is not from there."""
+    ours = (Path("out/demo"), Path(__file__).parents[1] / "assets")
+    miniatures = not any(encoder.checkpoint_path for encoder in model.encoders.values())
+    if miniatures and not model.options.get("data") and not any(
+            Path(path).resolve().is_relative_to(folder.resolve()) for folder in ours):
+        print("this model has learnt only the sounds and words of the listening world (README): of "
+              "other recordings expect nonsense; train one with --data", file=sys.stderr)

@@ -7,6 +7,7 @@
     command_line(Options, __doc__, main)    # --top-p 0.9 reaches main(Options(top_p=0.9))
 """
 import argparse
+import re
 import sys
 from contextlib import contextmanager
 from dataclasses import field, fields
@@ -124,3 +125,39 @@ def pick_device(name, dtype="float32"):
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     print(f"device {device}, {dtype}, {torch.get_num_threads()} threads", file=sys.stderr)
     return device
+
+
+def parse_sizes(text, flag, largest):
+    """"256,64" as [64, 256]. ValueError if it says anything else, or more than `largest`."""
+    sizes = text.split(",")
+    if not all(size.isdigit() and 1 <= int(size) <= largest for size in sizes):
+        raise ValueError(f"{flag} {text}: expected whole numbers of 1 to {largest}, "
+                         "like 64,256")
+    return sorted(set(map(int, sizes)))
+
+
+def parse_layers(text, count):
+    """The layers, of so many, that "4:", "::2" or "0,4,8" names; None for "all"."""
+    if text == "all":
+        return None
+    try:
+        numbers = [int(n) if n else None for n in text.split(":" if ":" in text else ",")]
+        layers = set(range(count)[slice(*numbers)] if ":" in text else numbers)
+    except (ValueError, TypeError):
+        layers = set()
+    if not layers or not layers <= set(range(count)):
+        raise ValueError(f"lal-layers {text}: expected all, or of 0 to {count - 1}: "
+                         "2: or ::2 or 0,1")
+    return sorted(layers)
+
+
+def layers_by_encoder(text, routes, count):
+    """{kind: layers that LAL writes of its tokens, None for all}: "2:" is for every encoder that
+    goes LAL's way, "sslam=2:,clap=0,1" for those it names. routes: {kind: route}."""
+    able = [kind for kind, route in routes.items() if route == "lal"]
+    named = dict.fromkeys(able, text)
+    if "=" in text:
+        named = dict(entry.split("=", 1) for entry in re.split(",(?=[a-z]+=)", text))
+    if text != "all" and not (named and set(named) <= set(able)):
+        raise ValueError(f"lal-layers {text}: here these go LAL's way: {', '.join(able) or 'none'}")
+    return {kind: parse_layers(named.get(kind, "all"), count) for kind in routes}

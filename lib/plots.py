@@ -175,6 +175,14 @@ def draw_learning(path, arms):
         ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5)
 
 
+def draw_if_possible(function, path, *what):
+    """Draw by one of the functions above, or say why there is no picture."""
+    try:
+        function(path, *what)
+    except ValueError as error:  # such as no matplotlib: the numbers are worth having without it
+        print(f"no picture: {error}", file=sys.stderr)
+
+
 def attention_report(model, clips, seed, difficulty):
     """Does a model look at what it names? Prints how much of the attention that the last word of
     its answer ("a siren") gives to SSLAM's tokens, or LFST's, falls on the sound's time, and how

@@ -2,6 +2,7 @@
 
     python -c "from lib.profiling import *; print(describe_machine('cpu'))"
 """
+import multiprocessing
 import os
 import platform
 import re
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import time
 import weakref
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -158,6 +161,21 @@ def limit_memory(device, gigabytes):
     elif sys.platform == "linux":
         import resource
         resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 1e9),) * 2)
+
+
+def call_elsewhere(function, calls, bar):
+    """[function(*arguments) for arguments in calls], all in one new process. If that is killed, as
+    for memory, the result of the call is None, and another process goes on with the next."""
+    spawn, results = multiprocessing.get_context("spawn"), []
+    while len(results) < len(calls):
+        with ProcessPoolExecutor(1, mp_context=spawn) as process:
+            try:
+                for arguments in calls[len(results):]:
+                    results.append(process.submit(function, *arguments).result())
+                    bar.update()
+            except BrokenProcessPool:
+                results.append(None)
+    return results
 
 
 def describe_machine(device):

@@ -189,6 +189,16 @@ def print_scores(items, columns):
                   + "".join(f"{cell:<24}" for cell in cells))
 
 
+def print_examples(items, answers):
+    """Print three right answers and two wrong ones, drawn at random."""
+    rng = np.random.default_rng(0)
+    for label, is_right, count in (("right", True, 3), ("wrong", False, 2)):
+        index = [i for i, item in enumerate(items) if (answers[i] == item["output"]) == is_right]
+        for i in rng.permutation(index)[:count].tolist():
+            correction = "" if is_right else f"   (it was: {items[i]['output']})"
+            print(f"{label}: {items[i]['instruction']} -> {answers[i]}{correction}")
+
+
 def show_score(clips, measure):
     """A measure of task_measures as text, with its interval if it has one."""
     score, *interval = bootstrap(clips, *measure) if isinstance(measure, tuple) else [measure]

@@ -23,7 +23,8 @@ from encoders import Whisper, WhisperConfig, load_encoder
 from integrate import AudioLLM
 from lib.audio import check_audio, load_audio
 from lib.tokenizers import load_tokenizer, train_tokenizer
-from model import LLM, LLMConfig, read_config
+from lib.huggingface import read_config
+from model import LLM, LLMConfig
 
 TINY = LLMConfig(40, 16, 16, 1, 2, 1, 8)
 SECONDS = 5          # that one input may take

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.nn.attention.bias import CausalBias
 
-import integrate
 import model as model_module
 from encoders import CLAP, SSLAM, CLAPConfig, SSLAMConfig, Whisper, WhisperConfig
 from integrate import (CONNECTORS, LFST, MODES, AudioLLM, IntegrationConfig, MLPConnector, QFormer,
-                       Segment, hear, lal, pal, parse_layers, plits, pool, prefill)
+                       Segment, hear, lal, pal, plits, pool, prefill)
+from lib import checkpoints
+from lib.cli import parse_layers
 from lib.tokenizers import train_tokenizer
 from lib.variants import write_attention_only, write_feed_forward_only
 from lib.weights import bytes_to_tensor
@@ -648,7 +649,7 @@ def test_an_encoder_file_of_another_size_is_refused(tmp_path, monkeypatch):
         loaded.append((kind, path))
         return Whisper(WhisperConfig(width=128, layers=1, seconds=1.6))
 
-    monkeypatch.setattr(integrate, "load_encoder", load_encoder)
+    monkeypatch.setattr(checkpoints, "load_encoder", load_encoder)
     for moved in ({}, {"whisper": "moved.pt"}):
         with pytest.raises(ValueError, match="trained with another whisper"):
             AudioLLM.load(tmp_path / "m.pt", moved)

@@ -17,7 +17,8 @@ import train
 from data.lists import tokenize_conversation
 from integrate import AudioLLM
 from lib.tokenizers import load_tokenizer, train_tokenizer
-from model import LLM, KVCache, LLMConfig, make_positions, read_config
+from lib.huggingface import read_config
+from model import LLM, KVCache, LLMConfig, make_positions
 
 MODELS = ["llama2", "llama3", "qwen2", "qwen2_untied", "smollm2"]
 

@@ -29,9 +29,10 @@ from data.batches import ItemDataset, index_batches, load_batches, microbatches
 from data.lists import QuestionList, add_token_ids
 from data.world import load_world, render, scene
 from encoders import ENCODERS
-from integrate import CHECKPOINT_FORMAT, MODES, AudioLLM, IntegrationConfig
+from integrate import MODES, AudioLLM, IntegrationConfig
 from lib import weights
 from lib.audio import check_audio, load_audio
+from lib.checkpoints import CHECKPOINT_FORMAT
 from lib.cli import command_line
 from lib.optim import cosine_schedule
 from lib.processes import catch_stop_signals

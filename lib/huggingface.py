@@ -1,10 +1,14 @@
-"""Hugging Face's config.json of a decoder LLM: read, or refused if it asks for what is not here.
+"""A decoder LLM from a folder of Hugging Face's: read, or refused if it asks for what is not here.
 
-    python -c "from model import *; print(read_config('SmolLM2-135M-Instruct', LLMConfig))"
+    python -c "from model import *; print(LLM.from_pretrained('SmolLM2-135M-Instruct').config)"
 """
+from dataclasses import replace
 from pathlib import Path
 
-from lib.weights import as_value_error, read_json
+import torch
+
+from lib.weights import (as_value_error, build_for, load_tensors, load_weights, read_json,
+                         strip_prefixes)
 
 # The numbers of Llama 3's RoPE
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -55,3 +59,23 @@ def read_config(folder, make_config):
             rms_norm_eps=config.get("rms_norm_eps", 1e-6), rope_theta=rope["rope_theta"],
             rope_scaling={key: rope[key] for key in LLAMA3_ROPE} if llama3 else None,
             tie_word_embeddings=bool(config.get("tie_word_embeddings")))
+
+
+def load_pretrained(cls, folder, dtype, device):
+    """The LLM of class cls in a folder, config.json and weights, in eval mode, as
+    LLM.from_pretrained says."""
+    config, tensors = read_config(folder, cls.Config), load_tensors(folder)
+    with as_value_error(folder, "weights of such a model"):
+        tensors = {name if name.startswith("lm_head.") else f"model.{name}": tensor
+                   for name, tensor in strip_prefixes(tensors).items()
+                   if not name.endswith("rotary_emb.inv_freq")}  # which old Llamas store
+        # a head that is no copy of the embedding is used, as transformers 5 does
+        head, embedding = tensors.get("lm_head.weight"), tensors["model.embed_tokens.weight"]
+        tied = config.tie_word_embeddings and (head is None or torch.equal(head, embedding))
+        if tied:
+            tensors.pop("lm_head.weight", None)
+        with build_for(tensors):
+            llm = cls(replace(config, tie_word_embeddings=tied))
+    load_weights(llm, tensors, folder, dtype, device)
+    llm.checkpoint_path = str(folder)
+    return llm.eval()
