@@ -175,6 +175,8 @@ class Workspace:
         if STUB.format(exercise.number, "")[:-2] in source:
             return "open"
         notes = self.notes(exercise)
+        if exercise.is_hunt and exercise.new not in source and notes.get("green"):
+            return "done"  # whatever has been done to the function since
         if notes.get("green") == fingerprint(source):
             return "done"
         if self.original(exercise) is None:

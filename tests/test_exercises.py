@@ -983,6 +983,21 @@ def test_a_function_with_a_bug_is_not_taken_for_the_original(files, do):
     assert "mine" in (files / "out/exercises/22-attempt-01.py").read_text()
 
 
+def test_a_bug_that_was_mended_stays_so_when_its_function_is_emptied(files, do, monkeypatch):
+    monkeypatch.setattr(exercises, "run_tests", lambda *_: {22: None})
+    path = files / "integrate.py"
+    original = path.read_text()
+    do(files, "plant", 22)
+    planted = path.read_text()
+    assert re.search(r"22 .* open", do(files)[1])
+    path.write_text(original)  # mended by hand
+    do(files, "check", 22)
+    do(files, "start", 6)
+    assert re.search(r"22 .* done", do(files)[1]) and re.search(r"\n +6 .* open", do(files)[1])
+    path.write_text(planted)
+    assert re.search(r"22 .* open", do(files)[1])
+
+
 def test_each_text_is_complete_and_plain():
     assert len(FILL_INS) >= 12 and len(HUNTS) >= 8
     assert sorted(EXERCISES) == [e.number for e in FILL_INS + HUNTS]
