@@ -45,6 +45,7 @@ from lib.profiling import (attention_kernels, available_memory, call_elsewhere, 
                            count_saved_bytes, describe_machine, hf_reference_step, limit_memory,
                            print_table, product_rate, time_in_turns)
 from lib.scores import mean_and_deviation, task_scores
+from lib.variant_costs import VARIANTS, variant_costs, variant_flops, variant_step
 from lib.variants import ARMS
 from model import LLM, LLMConfig
 
@@ -189,8 +190,7 @@ def answer_flops(c, w, new, causal=False):
 
 def count_parameters(c):
     D, Hd, Kd = widths(c)
-    layer = 2 * D * (Hd + Kd) + 3 * D * c.intermediate_size + 2 * D
-    layer += c.qkv_bias * (Hd + 2 * Kd)
+    layer = 2 * D * (Hd + Kd) + 3 * D * c.intermediate_size + 2 * D + c.qkv_bias * (Hd + 2 * Kd)
     return c.num_hidden_layers * layer + D + c.vocab_size * D * (1 if c.tie_word_embeddings else 2)
 
 
@@ -356,9 +356,6 @@ def prepare_process(o, phase):
     return llm, product_rate(llm.model.embed_tokens.weight)
 
 
-OUT_OF_MEMORY = {"error": "out of memory"}
-
-
 def measure_row(o, phase, mode, Na, Nt):
     """A row of the sweep, in the process of its mode. phase: train or infer."""
     device, row = torch.device(o.device), {"mode": mode, "Na": Na, "Nt": Nt}
@@ -371,7 +368,7 @@ def measure_row(o, phase, mode, Na, Nt):
     except RuntimeError as error:  # torch's out of memory is one, on every device
         if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
             raise
-        return row | OUT_OF_MEMORY
+        return row | {"error": "out of memory"}
     llm.zero_grad(set_to_none=True)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return row | {"rate": rate, "peak": peak}
@@ -380,7 +377,7 @@ def measure_row(o, phase, mode, Na, Nt):
 def measure_rows(o, phase, mode, rows, bar):
     """The rows of a mode, all in a process of their own."""
     results = call_elsewhere(measure_row, [(o, phase, mode, *row) for row in rows], bar)
-    return [result or {"mode": mode, "Na": Na, "Nt": Nt} | OUT_OF_MEMORY
+    return [result or {"mode": mode, "Na": Na, "Nt": Nt, "error": "out of memory"}
             for (Na, Nt), result in zip(rows, results)]
 
 
@@ -396,16 +393,18 @@ def sweep(o, rows):
 
 def compare_in_turns(o, Na, Nt):
     """Training steps of every mode, and transformers', in turns in one process; each one's best."""
-    llm = make_llm(o)
-    steps, flops = {}, {}
+    llm, steps, flops = make_llm(o), {}, {}
     for mode in MODES:
         w = workload(o, mode, "train", Na, Nt)
         ids, *audio = random_inputs(llm, w)
-        flops[mode] = train_flops(LLMS[o.llm], w)
+        flops[mode] = train_flops(llm.config, w)
         steps[mode] = partial(train_step, llm, ids, *audio)
         if mode == "plits" and o.hf_reference:
             flops["transformers"] = flops[mode]
             steps["transformers"] = hf_reference_step(llm, ids, audio[0], cross_entropy)
+        if mode == "lal":  # the variants have the same inputs
+            steps |= {name: variant_step(llm, name, ids, audio[1]) for name in VARIANTS}
+            flops |= {name: variant_flops(llm.config, name, w.B, Na, Nt) for name in VARIANTS}
     times = time_in_turns(steps, torch.device(o.device), o.rounds)
     best = {name: min(seconds) for name, seconds in times.items()}
     return [{"step": name, "best s": seconds, "GFLOPs": flops[name] / 1e9,
@@ -500,6 +499,7 @@ def arithmetic(o, Na, Nt):
                       "backward": backward_flops(c, w) / 1e9,
                       "saved MB": saved_activation_bytes(c, w, 2) / 1e6,
                       "cache MB": cache_bytes(c, w, 2) / 1e6})
+    costs += [variant_costs(c, mode, o.batch, Na, Nt) for mode in VARIANTS]
     for count in memory(c, w, 2):
         line = {"counted": count}
         for text in (16, 64, 256):

@@ -182,8 +182,7 @@ def mode_routes(mode, encoders):
 class IntegrationConfig:
     """The choices beside the mode; a checkpoint keeps them. A field that an older checkpoint does
     not know gets its default."""
-    connector: str = "auto"    # a name of CONNECTORS; auto: lfst for two general encoders, else
-                               # mlp. train.py's default for the miniatures is mlp
+    connector: str = "auto"    # of CONNECTORS; auto: lfst for two general encoders, else mlp
     connector_layers: int = 2  # of a Q-Former or LFST
     queries: int = 32          # of a Q-Former
     grid_steps: int = 32       # of LFST, but no more than the coarsest of its encoders has

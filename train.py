@@ -399,8 +399,7 @@ def predict(model, features, items, clip_of=lambda item: item["clip"]):
 
 def exact_match(model, features, items):
     """The share of answers that are exactly right."""
-    answers = predict(model, features, items)
-    return np.mean([answer == item["output"] for answer, item in zip(answers, items)])
+    return np.mean([a == item["output"] for a, item in zip(predict(model, features, items), items)])
 
 
 def evaluate(model, features, items, train_items):

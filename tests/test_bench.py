@@ -217,7 +217,8 @@ def test_the_last_line_of_a_report_is_all_of_it_as_json(call, tiny):
     assert code == 0
     result = json.loads(stdout.splitlines()[-1])
     assert {"settings", "machine", "costs", "limits", "accounting", "in turns"} <= set(result)
-    assert [row["step"] for row in result["in turns"]] == list(bench.MODES)
+    assert {row["step"] for row in result["in turns"]} == {*bench.MODES, *bench.VARIANTS}
+    assert {row["mode"] for row in result["costs"]} == {*bench.MODES, *bench.VARIANTS}
     assert all(row["best s"] > 0 for row in result["in turns"])
     c, w = SMALL, make_workload("pal", 2, 8, 3)
     pal = result["costs"][2]
@@ -350,7 +351,7 @@ def test_the_reference_computes_the_same(tiny, capsys):
     options = bench.Options(na="8", nt="3", rounds=1, hf_reference=True)
     o, rows = bench.resolve_options(options)
     assert [row["step"] for row in bench.compare_in_turns(o, *rows[-1])] == [
-        "plits", "transformers", "lal", "pal", "pal-summary"]
+        "plits", "transformers", "lal", *bench.VARIANTS, "pal", "pal-summary"]
     w = make_workload("plits", 2, 8, 3)
     llm, (ids, audio, _) = make_llm(SMALL, w)
     gradients = []
