@@ -391,7 +391,7 @@ class AudioLLM(nn.Module):
         if "whisper" in self.encoders:
             self.encoders["whisper"].crop(config.whisper_seconds)
         # seconds of a clip that the encoders hear: of files no more needs to be read
-        self.window = max((encoder.seconds for encoder in self.encoders.values()), default=0.0)
+        self.seconds = max((encoder.seconds for encoder in self.encoders.values()), default=0.0)
         self.routes = mode_routes(mode, self.encoders)
         plan = plan_connectors(self.encoders, config.connector)
         self.connector_inputs = {name: kinds for name, (_, kinds) in plan.items()}

@@ -80,7 +80,7 @@ class KVCache:
         self.positions = [None] * layers
         self.capacity = capacity
         self.next_position = 0  # of the next token: an int, or (B, 1) when the rows differ
-        self.no_padding = True  # every token stands right after the one before it
+        self.in_order = True  # every token stands right after the one before it
         self.extra = {}  # tensors (B, ...) by name, for lib/variants.py; `fork` takes them along
 
     def extend(self, tokens, positions=None, layers=None):
@@ -94,7 +94,7 @@ class KVCache:
         else:
             last = positions.masked_fill(positions == PAD_POSITION, -1).amax(1, keepdim=True)
             self.next_position = torch.maximum(last + 1, torch.as_tensor(self.next_position))
-            self.no_padding = False
+            self.in_order = False
         positions = positions.to(tokens.device)
         longer = {}  # old positions -> old and new ones, computed once for layers that share them
         for i in range(len(self.positions)) if layers is None else layers:
@@ -122,7 +122,7 @@ class KVCache:
         """A copy with `capacity` more slots, whose row i continues row clip_index[i] of this one.
 
         The original stays as it is: hear a clip once, ask many questions. Positions, next_position,
-        no_padding and `extra` go along; what has one row stands for all rows. Keys and values are
+        in_order and `extra` go along; what has one row stands for all rows. Keys and values are
         copied to (rows, S + capacity, K, d); an empty layer stays None.
         """
         index = torch.as_tensor(list(clip_index))
@@ -134,7 +134,7 @@ class KVCache:
 
         new = KVCache(len(self.keys), capacity)
         new.next_position = select(self.next_position)
-        new.no_padding = self.no_padding
+        new.in_order = self.in_order
         new.extra = {name: select(x) for name, x in self.extra.items()}
         selected = {id(p): select(p) for p in self.positions}  # layers go on sharing positions
         for i, positions in enumerate(self.positions):
@@ -162,20 +162,20 @@ def position_mask(queries, keys, dtype):
     return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
 
 
-def attention_mask(queries, keys, no_padding, dtype):
+def attention_mask(queries, keys, in_order, dtype):
     """The one rule as arguments of scaled_dot_product_attention, in the form that its kernel runs
-    fastest; queries, keys as above, no_padding as in KVCache.
+    fastest; queries, keys as above, in_order as in KVCache.
 
     Without padding the T queries are the last of the S keys, so the rule is the causal mask
     aligned at the lower right. The kernels know it by name where T = S, and CUDA's where T < S
     too. A single query sees all keys and needs no mask. Otherwise the positions are compared.
     """
     T, S = queries.shape[1], keys.shape[1]
-    if no_padding and T == 1:
+    if in_order and T == 1:
         return {}
-    if no_padding and T == S:
+    if in_order and T == S:
         return {"is_causal": True}
-    if no_padding and queries.is_cuda:
+    if in_order and queries.is_cuda:
         from torch.nn.attention.bias import causal_lower_right  # which takes a second to import
         return {"attn_mask": causal_lower_right(T, S)}
     return {"attn_mask": position_mask(queries, keys, dtype)}
@@ -317,7 +317,7 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.layers):
             keys = cache.positions[i]
             if id(keys) not in masks:
-                masks[id(keys)] = attention_mask(positions, keys, cache.no_padding, x.dtype)
+                masks[id(keys)] = attention_mask(positions, keys, cache.in_order, x.dtype)
             x = block(x, angles, masks[id(keys)], cache, i)
         return self.norm(x)
 

@@ -119,7 +119,7 @@ def add_label_choices(items):
 def score_list(model, o):
     """Ask all questions of a list, write the answers as LTU does, print how good they are."""
     questions = QuestionList(o.data, o.audio_root, o.skip_bad)
-    clips, seconds = record_seconds(questions.clips(model.window))
+    clips, seconds = record_seconds(questions.clips(model.seconds))
     inputs = o.data, *(e.checkpoint_path or o.ckpt for e in model.encoders.values()), o.ckpt, *clips
     if o.out and Path(o.out).exists() and (not Path(o.out).is_file() or any(
             Path(o.out).samefile(path) for path in inputs if Path(path).exists())):
@@ -244,7 +244,7 @@ def main(o):
     if o.audio:
         warn_length_mismatch(model, [check_audio(o.audio)])
         warn_outside_world(model, o.audio)
-    clip = partial(load_audio, o.audio, seconds=model.window)
+    clip = partial(load_audio, o.audio, seconds=model.seconds)
     features, = model.features([clip]) if o.audio else [{}]
     tokenizer, cache = model.tokenizer, model.hear([features])
     past = []  # ids of the talk so far; about a sound each question stands alone, as in training

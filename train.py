@@ -138,9 +138,9 @@ class Split:
     unreadable: set | None = None  # clips that were left out; None: such a clip is an error
 
 
-def load_data(o, tokenizer, window=None):
+def load_data(o, tokenizer, seconds=None):
     """The training, validation and test Split that the options name; some may be the same one.
-    window: how many seconds of a clip are heard."""
+    seconds: how much of a clip is heard."""
     if not o.data and (o.val_data or o.audio_root):
         raise ValueError("--val-data and --audio-root say more about --data, which is missing")
     if o.data and not o.keep_features and not o.val_data:
@@ -149,7 +149,7 @@ def load_data(o, tokenizer, window=None):
     for path in filter(None, (o.data, o.val_data)):
         questions = QuestionList(path, o.audio_root, o.skip_bad)
         # of a list of millions, whose features are not kept, not even the clips' names are
-        clips = questions.clips(window) if o.keep_features or path != o.data else {}
+        clips = questions.clips(seconds) if o.keep_features or path != o.data else {}
         splits.append(Split(clips, questions, questions.fingerprint, unreadable=unreadable))
     if not o.data:
         for name, size in (("train", o.clips), ("val", VALIDATION_CLIPS), ("test", o.test_clips)):
@@ -522,7 +522,7 @@ def main(o):
     for encoder in model.encoders.values():
         encoder.frozen = not o.train_encoders
     model.llm.frozen = o.freeze in ("llm", "lora")
-    train_data, val_data, test_data = splits = load_data(o, model.tokenizer, model.window)
+    train_data, val_data, test_data = splits = load_data(o, model.tokenizer, model.seconds)
     plan = plan_stages(train_data.items, o)
     Path(o.out).mkdir(parents=True, exist_ok=True)
     start = load_start(model, o, train_data.fingerprint)

@@ -106,7 +106,7 @@ class ItemDataset:
 
     def __init__(self, split, model):  # split: see train.Split
         self.split, self.tokenizer, self.spectrograms = split, model.tokenizer, model.spectrograms
-        self.window = model.window
+        self.seconds = model.seconds
 
     def __getitem__(self, part):
         try:
@@ -125,7 +125,7 @@ class ItemDataset:
             return part._replace(items=e)
 
     def reader(self, clip):
-        return self.split.clips.get(clip) or partial(load_audio, clip, seconds=self.window)
+        return self.split.clips.get(clip) or partial(load_audio, clip, seconds=self.seconds)
 
 
 def load_batches(batches, dataset, o):

@@ -90,14 +90,14 @@ def load_features(model, split, o):
 def warn_length_mismatch(model, seconds):
     """Say which clips, of so many seconds each, are longer or shorter than an encoder's window."""
     for kind, encoder in model.encoders.items():
-        window = encoder.seconds
-        longer, shorter = sum(s > window for s in seconds), sum(s < window for s in seconds)
+        heard = encoder.seconds
+        longer, shorter = sum(s > heard for s in seconds), sum(s < heard for s in seconds)
         if longer:
-            print(f"{kind} hears the first {window:g} s: the rest is cropped from {longer} of "
+            print(f"{kind} hears the first {heard:g} s: the rest is cropped from {longer} of "
                   f"{len(seconds)} clips (the longest has {max(seconds):.1f} s)", file=sys.stderr)
         if shorter:
             filling = "its own repetition" if kind == "clap" else "silence"
-            print(f"{kind} hears {window:g} s: {filling} is added to {shorter} of {len(seconds)} "
+            print(f"{kind} hears {heard:g} s: {filling} is added to {shorter} of {len(seconds)} "
                   f"clips (the shortest has {min(seconds):.2f} s)", file=sys.stderr)
 
 

@@ -29,7 +29,7 @@ from model import PAD_POSITION, attention_mask, rotary, rotate
 def announce(llm, audio, cache, positions):
     """Make room for audio tokens (B, N, D) in every layer: their rotary angles, and their mask."""
     positions = cache.extend(audio, positions)
-    mask = attention_mask(positions, cache.positions[0], cache.no_padding, audio.dtype)
+    mask = attention_mask(positions, cache.positions[0], cache.in_order, audio.dtype)
     return rotary(positions, llm.config, audio.dtype), mask
 
 

@@ -81,7 +81,7 @@ FILL_INS = (
         "Return a new KVCache(layers, capacity) whose row i goes on from row clip_index[i] of\n"
         "this one; this one stays as it is. Keys and values of a layer that holds S tokens\n"
         "become tensors (rows, S + capacity, K, d), whose first S slots are the selected\n"
-        "rows; a layer that holds nothing keeps None. Positions, next_position, no_padding\n"
+        "rows; a layer that holds nothing keeps None. Positions, next_position, in_order\n"
         "and each tensor of extra go along. What has one row stands for all rows: positions\n"
         "(1, S) stay (1, S), keys (1, S, K, d) are copied to each row. next_position may be\n"
         "an int.",
@@ -226,7 +226,7 @@ HUNTS = (
         ("Text alone is right, text over a cache is not. What differs between the two?",
          "With T queries and S > T keys, which keys does query 0 see? Draw the mask.",
          "A triangle of T x S has two places where its diagonal may begin; is_causal has one."),
-        old="if no_padding and T == S:", new="if no_padding:"),
+        old="if in_order and T == S:", new="if in_order:"),
     Exercise(
         22, "integrate.py", "hear", "louder is different", 20, 2,
         "assets/lal.pt, which answered 93.6% of its questions rightly, answers none of them.\n"

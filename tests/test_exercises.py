@@ -191,7 +191,7 @@ def test_ex05_a_fork_continues_the_rows_that_it_was_asked_for():
             close(store[:, :5], getattr(cache, name)[layer][[1, 0, 1]], f"{name} of rows 1, 0, 1")
         close(fork.positions[layer], cache.positions[layer][[1, 0, 1]], "positions of rows 1, 0, 1")
     equal(fork.next_position.tolist(), [[3], [5], [3]], "next_position")
-    equal(fork.no_padding, False, "no_padding")
+    equal(fork.in_order, False, "in_order")
     equal(fork.extra["mask"].tolist(), [[2], [1], [2]], "extra, one row a clip")
     equal(tuple(fork.extra["one"].shape), (1, 3), "extra, one row for all")
 

@@ -298,7 +298,7 @@ def test_the_kernel_gets_the_causal_mask_unless_there_is_padding(mode, layers, p
              for mask in masks]
     assert names == [name for name in expected for _ in range(3)]
     assert same(hidden, prefill(llm, segments))  # as on a CPU, which has no mask by name for T < S
-    monkeypatch.setattr(model_module, "attention_mask", lambda queries, keys, no_padding, dtype:
+    monkeypatch.setattr(model_module, "attention_mask", lambda queries, keys, in_order, dtype:
                         {"attn_mask": position_mask(queries, keys, dtype)})
     assert same(hidden, prefill(llm, segments))
 

@@ -670,7 +670,7 @@ def test_a_clip_that_fails_when_it_is_read_is_told_of_once_and_left_out(
 @pytest.mark.parametrize("features", [None, "kept"])
 def test_the_loss_is_divided_by_the_answers_that_are_left(features, unreadable):
     model, questions = audio_llm("lal"), QuestionList(unreadable / "q.json")
-    clips = questions.clips(model.window)
+    clips = questions.clips(model.seconds)
     features = features and features_module.extract_features(model, clips, set())
     split = train.Split(clips, questions, "", features, set())
     batches = [np.array([0, 1, 2, 3]), np.array([1, 2]), np.array([3, 4])]
