@@ -1,7 +1,7 @@
-"""What PLITS, LAL and PAL cost, derived and measured, and what they learn from the same training.
-How to read the result: a row is a mode with Na audio tokens and Nt text tokens. Predicted figures
-are arithmetic of matrix products alone: 2 m k n floating-point operations (FLOPs) for (m, k) times
-(k, n), causal ones without the query-key pairs that a causal mask hides. Measured figures are this
+"""What each mode costs, derived and measured, and what it learns from the same training.
+How to read the result: a row is a mode with Na audio tokens and Nt text tokens. Predicted FLOPs
+(floating-point operations) are those of matrix products alone: 2 m k n for (m, k) times (k, n),
+causal ones without the query-key pairs that a causal mask hides. Measured figures are this
 machine's. The paper's are of a setting that it does not describe in full. "x" is the speed relative
 to PLITS in the same setting, "less %" the memory saved against it. "Saved MB" is what the forward
 pass keeps for the backward pass, "peak MB", on a GPU, all memory. Utilisation is relative to this
@@ -30,7 +30,6 @@ from itertools import accumulate, islice, product
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
@@ -40,12 +39,13 @@ from data.pretrain import load_base
 from data.world import load_world
 from integrate import hear, pal
 from lib.cli import command_line, option, parse_sizes, pick_device
-from lib.plots import draw_costs, draw_if_possible, draw_learning
+from lib.plots import COLOURS, draw_costs, draw_if_possible, draw_learning
 from lib.profiling import (attention_kernels, available_memory, call_elsewhere, count_flops,
                            count_saved_bytes, describe_machine, hf_reference_step, limit_memory,
                            print_table, product_rate, time_in_turns)
 from lib.scores import mean_and_deviation, task_scores
-from lib.variant_costs import VARIANTS, variant_costs, variant_flops, variant_step
+from lib.variant_costs import (VARIANTS, cross_entropy, variant_costs, variant_flops, variant_step,
+                               widths)
 from lib.variants import ARMS
 from model import LLM, LLMConfig
 
@@ -58,13 +58,13 @@ LLMS = {
 BATCH_SIZES = {"train": 8, "infer": 12}  # the paper's
 SMALL_BATCH = 2  # of the small LLM
 NEW_TOKENS = 32  # length of an answer
-MAX_AUDIO_TOKENS = 1 << 16  # where the search for a break-even ends
+MAX_AUDIO_TOKENS = 1 << 16  # of --na and --nt, and where the search for a break-even ends
 PAPER_GAINS = {"memory": 0.641, "speed": 2.475}  # of LAL over PLITS: share saved, share faster
 PAPER_CLAIMS = {"speed": "up to 3.475", "train": "up to 64.1", "infer": "up to 83"}
 PREFIX_SHARES = {"plits": 1.0, "lal": 0.0, "pal": 0.5}  # of the audio tokens; PAL's is --share
 SUMMARY_TOKENS = 16  # of pal-summary, which run before all of the audio tokens are written
 MODES = (*PREFIX_SHARES, "pal-summary")
-# Of --fits: questions of the paper's three stages, and whether the LLM is frozen; a GPU's speed
+# Of --fits: the questions of the paper's three stages, and whether the LLM is frozen there
 RECIPE = ((2 * 1.2e6, True), (1.92e6, False), (5.68e6, False))
 GPU_FLOPS, UTILISATION = 312e12, 0.4  # an A100's in bfloat16, and what is reached of it
 MAX_MICRO_BATCH = 4096
@@ -106,11 +106,6 @@ def make_workload(mode, B, Na, Nt, share=None):
     share = share if mode == "pal" and share is not None else PREFIX_SHARES[mode]
     prefix = round(share * Na)
     return Workload(B, prefix, Na - prefix, Nt)
-
-
-def widths(c):
-    """D, Hd, Kd: widths of the residual stream, of all queries, of all keys."""
-    return c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
 
 def count_pairs(passes, causal):
@@ -283,10 +278,6 @@ def random_inputs(llm, w):
     audio = [weight.new_empty(w.B, n, weight.shape[1]).normal_().requires_grad_() if n else None
              for n in (w.prefix, w.side)]  # a connector is trained behind it: it needs a gradient
     return ids, *audio
-
-
-def cross_entropy(logits, ids):
-    return F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
 
 
 def text_loss(llm, ids, prefix, side):
@@ -542,6 +533,8 @@ def quality(o):
     arms = list(ARMS) if o.arms == "all" else o.arms.split(",")
     if not set(arms) <= set(ARMS):
         raise ValueError(f"--arms {o.arms}: choose all, or from {','.join(ARMS)}")
+    if o.curves and len(arms) > len(COLOURS):
+        raise ValueError(f"--curves: name up to {len(COLOURS)} --arms, one for each colour")
     lengths = [o.steps // 8, o.steps // 4, o.steps // 2, o.steps] if o.curves else [o.steps]
     device = pick_device(o.device)
     runs = {run: None for run in product(range(o.seeds), lengths, arms)}
@@ -568,7 +561,7 @@ def quality(o):
 
 def arm_options(o, arm, seed, steps):
     """train.py's Options for an arm. The arms of a seed share a cache of features."""
-    steps1, steps2 = steps // 12, steps // 5  # train.py's proportions
+    steps1, steps2 = steps // 12, steps // 5  # more of so few steps than train.py's
     folder = Path(o.out) / "quality"
     return train.Options(**ARMS[arm], **CLIPS, seed=seed, difficulty=o.difficulty, base=o.base,
                          batch=QUESTIONS, steps1=steps1, steps2=steps2,

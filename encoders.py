@@ -3,7 +3,7 @@
 The paper's three audio encoders: Whisper for speech, SSLAM (self-supervised learning from audio
 mixtures) and CLAP (contrastive language-audio pretraining) for sounds in general. They have the
 originals' architectures and parameter names and open the originals' checkpoints; each also has a
-miniature that a laptop trains. Nothing here knows of language models.
+miniature that a laptop trains. Nothing here computes with a language model.
 
     python -c "from encoders import *; wave = load_audio('assets/demo.wav', 16000); \
                m = make_encoder('sslam'); print(m(m.front_end(wave[None])).shape, m.grid)"

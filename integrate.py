@@ -77,7 +77,7 @@ def hear(llm, audio, route, cache=None, layers=None, positions=None, rotate_keys
 
 def project_normalized(proj, normalized, gain):
     """W (a / rms(a) * gain) + b, of a / rms(a) (B, N, D)."""
-    if type(proj) is Linear:  # model.py's own is known to be its weight and bias
+    if type(proj) is Linear and not proj._forward_hooks:  # it is its weight and bias alone
         return F.linear(normalized, proj.weight * gain, proj.bias)
     return proj(normalized * gain)  # what was put in its place, as LoRA is
 
@@ -86,9 +86,8 @@ def prefill(llm, segments, cache=None, write=hear):
     """Run or write segments, in order of position, into the cache; returns the last hidden states.
 
     Neighbours of one route and layers are joined to a group. A PLITS group is one call of the
-    decoder over the cache. Any other group is written: write(llm, tokens, route, cache, layers,
-    positions), as `hear`, announces the tokens by cache.extend and appends keys and values to each
-    of the layers.
+    decoder over the cache. Any other group is passed to write(llm, tokens, route, cache, layers,
+    positions), by default `hear`, which calls cache.extend once, then cache.append at each layer.
     segments: a list of Segment; text is "plits". cache: a KVCache that is extended in place (None:
     a new one). Returns (B, n, D), the hidden states of the last group, None if it was not run.
 
@@ -164,8 +163,10 @@ def mode_routes(mode, encoders):
     """{kind: route} of these encoders {kind: module} in a mode, which may itself be such a table:
     "whisper=plits,sslam=lal,clap=lal". ValueError for an unknown mode or a table of others."""
     if "=" in mode:
-        routes = dict(entry.split("=", 1) for entry in mode.split(",") if "=" in entry)
-        if set(routes) != set(encoders) or not set(routes.values()) <= {"plits", "lal"}:
+        entries = mode.split(",")
+        routes = dict(entry.partition("=")[::2] for entry in entries)
+        known = set(routes) == set(encoders) and set(routes.values()) <= {"plits", "lal"}
+        if not known or len(entries) > len(routes):
             raise ValueError(f"routes {mode}: expected plits or lal for each of "
                              f"{', '.join(encoders)}, like {next(iter(encoders), 'clap')}=lal")
         return routes
@@ -321,9 +322,9 @@ class LFST(QFormer):
         x = self.read(latents, features, torch.cat(masks, dim=2)[:, None])  # (B, cells, D)
         x = x.unflatten(1, (steps, bands))
         x = torch.cat([x, self.newline.expand(len(x), steps, 1, -1)], dim=2)
-        steps = torch.stack(ends).amax(0).long()  # (B,): the time steps of each clip
-        x = x[:, :steps.max()].flatten(1, 2)  # (B, (bands + 1) steps, D)
-        return x, (bands + 1) * steps if (steps < steps.max()).any() else None
+        heard = torch.stack(ends).amax(0).long()  # (B,): the time steps of each clip
+        x = x[:, :heard.max()].flatten(1, 2)  # (B, (bands + 1) steps, D)
+        return x, (bands + 1) * heard if (heard < heard.max()).any() else None
 
 
 CONNECTORS = {"mlp": MLPConnector, "qformer": QFormer, "lfst": LFST}
@@ -362,8 +363,9 @@ def nearest_parts(cells, count, share, valid):
     centres = (torch.arange(n, dtype=torch.float64) + 0.5) / count * share
     edges = torch.arange(cells + 1, dtype=torch.float64)[:, None] / cells
     inside = (edges[:-1] <= centres) & (centres < edges[1:])  # (cells, n)
-    distance = ((edges[:-1] + edges[1:]) / 2 - centres).abs().to(valid.device)
-    nearest = distance.where(valid[:, None], torch.inf).argmin(-1)  # (B, cells)
+    distance = ((edges[:-1] + edges[1:]) / 2 - centres).abs()  # (cells, n)
+    rank = distance.argsort(dim=-1, stable=True).argsort(dim=-1).to(valid.device)
+    nearest = rank.where(valid[:, None], n).argmin(-1)  # (B, cells)
     inside = inside.to(valid.device) & valid[:, None]
     return inside.where(inside.any(-1, keepdim=True), F.one_hot(nearest, n).bool())
 

@@ -259,7 +259,7 @@ class Attention(nn.Module):
         k = rotate(self.split_heads(self.k_proj(x)), angles)  # (B, T, K, d)
         v = self.split_heads(self.v_proj(x))
         k, v = cache.append(layer, k, v)  # (B, S, K, d)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, d), (B, K, S, d)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, d), (B, K, S, d)
         # y = softmax(q k^T / sqrt(d) + mask) v
         if T == 1:  # the H / K heads that share a key-value head are its rows: it is read once
             q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, K, H / K, d): heads, not time
@@ -267,7 +267,7 @@ class Attention(nn.Module):
             return self.o_proj(y.reshape(B, 1, -1))  # (B, 1, D)
         if x.is_cuda and (type(mask.get("attn_mask")) is torch.Tensor or v.element_size() != 2):
             # with an explicit mask, or in float32, CUDA's fast kernels refuse keys that heads share
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, **mask, enable_gqa=True)  # (B, H, T, d)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 

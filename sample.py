@@ -31,7 +31,7 @@ from lib.cli import command_line, option, pick_device
 from lib.plots import import_figure
 from lib.scores import print_scores, split_labels
 from lib.tokenizers import load_tokenizer
-from lib.weights import save_atomically
+from lib.weights import check_output, save_atomically
 from model import LLM, pad_batch
 
 ROWS = 4  # questions and choices, which are short, for each clip that is held in memory
@@ -120,10 +120,9 @@ def score_list(model, o):
     """Ask all questions of a list, write the answers as LTU does, print how good they are."""
     questions = QuestionList(o.data, o.audio_root, o.skip_bad)
     clips, seconds = record_seconds(questions.clips(model.seconds))
-    inputs = o.data, *(e.checkpoint_path or o.ckpt for e in model.encoders.values()), o.ckpt, *clips
-    if o.out and Path(o.out).exists() and (not Path(o.out).is_file() or any(
-            Path(o.out).samefile(path) for path in inputs if Path(path).exists())):
-        raise ValueError(f"--out {o.out}: is a folder, a device, or read here; name a new file")
+    if o.out:
+        parts = (*model.encoders.values(), model.llm)
+        check_output(o.out, [o.data, o.ckpt, *clips, *(p.checkpoint_path or "" for p in parts)])
     items = drop_unreadable(questions, clips) if o.skip_bad else list(questions)
     add_label_choices(items)
     columns = {"model": clips}
@@ -157,7 +156,7 @@ class Options:
     skip_bad: bool = option(False, "go on without the items of --data that cannot be used")
     ckpt: str = option(None, "checkpoint of train.py; else the newest under out/, or assets/lal.pt",
                        group="model")
-    encoders: str = option(None, "where files it names lie now: whisper=tiny.en.pt,llm=SmolLM2")
+    encoders: str = option(None, "where files that the checkpoint names lie now: llm=SmolLM2")
     llm: str = option(None, "folder of a real LLM to talk to, instead of a checkpoint's")
     device: str = option("auto", "cpu, cuda, mps or auto")
     max_new_tokens: int = option(48, "longest answer", low=1, high=4096, group="answers")

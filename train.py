@@ -31,13 +31,13 @@ from data.features import extract_features, load_features
 from data.lists import QuestionList, add_token_ids, count_answers, wrong_clips
 from data.pretrain import load_base
 from integrate import CONNECTORS, MODES, IntegrationConfig
-from lib.checkpoints import CHECKPOINT_FORMAT, restore_weights
+from lib.checkpoints import load_training, restore_training, restore_weights
 from lib.cli import command_line, option, pick_device
-from lib.optim import cosine_schedule, pad_rows, peak_memory
+from lib.optim import cosine_schedule, peak_memory
 from lib.processes import (catch_stop_signals, join_processes, leave_processes, rank_and_size,
                            sum_over_processes)
 from lib.scores import print_examples
-from lib.weights import load_checkpoint
+from model import pad_batch
 from sample import answer_all
 
 VALIDATION_CLIPS = 30  # of the listening world, for the line at the end of a stage
@@ -101,7 +101,7 @@ def select_items(stage, items):
         tasks, numbers = np.unique([item["task"] for item in items], return_inverse=True)
         sizes = np.array([len(item["ids"]) for item in items])
         clips = np.array([item["clip"] for item in items])
-    learnt = [n for n, task in enumerate(tasks) if {task, "all"} & {*stage.tasks}]
+    learnt = [n for n, task in enumerate(tasks) if task in stage.tasks or "all" in stage.tasks]
     index = np.flatnonzero(np.isin(numbers, learnt)).astype(np.int32)
     return index, sizes[index], None if clips is None else clips[index]
 
@@ -115,7 +115,7 @@ def plan_stages(items, o):
         index, sizes, clips = select_items(stage, items)
         steps = math.ceil(stage.epochs * len(index) / stage.batch) or stage.steps
         if not len(index) or not steps:
-            print(f"stage {stage.name}: nothing to learn from, left out")
+            print(f"stage {stage.name}: {len(index):,} questions, {steps} steps: left out")
             continue
         print(f"stage {stage.name}: {len(index):,} questions, {steps} steps of {stage.batch}")
         rng = np.random.default_rng([o.seed, int(stage.name)])
@@ -141,15 +141,15 @@ class Split:
 def load_data(o, tokenizer, seconds=None):
     """The training, validation and test Split that the options name; some may be the same one.
     seconds: how much of a clip is heard."""
-    if not o.data and (o.val_data or o.audio_root):
-        raise ValueError("--val-data and --audio-root say more about --data, which is missing")
+    if not o.data and (o.val_data or o.audio_root or o.skip_bad):
+        raise ValueError("--val-data, --audio-root and --skip-bad go with --data, which is missing")
     if o.data and not o.keep_features and not o.val_data:
         raise ValueError("--no-keep-features with --data needs --val-data besides")
     splits, unreadable = [], set() if o.skip_bad else None
     for path in filter(None, (o.data, o.val_data)):
         questions = QuestionList(path, o.audio_root, o.skip_bad)
         # of a list of millions, whose features are not kept, not even the clips' names are
-        clips = questions.clips(seconds) if o.keep_features or path != o.data else {}
+        clips = questions.clips(seconds) if o.keep_features or splits else {}
         splits.append(Split(clips, questions, questions.fingerprint, unreadable=unreadable))
     if not o.data:
         for name, size in (("train", o.clips), ("val", VALIDATION_CLIPS), ("test", o.test_clips)):
@@ -158,7 +158,7 @@ def load_data(o, tokenizer, seconds=None):
         add_token_ids(tokenizer, splits[0].items)
     if len(splits) == 1:
         print("no --val-data: the scores below are on the training questions themselves")
-    return splits[0], splits[min(1, len(splits) - 1)], splits[-1]
+    return splits[0], splits[1] if len(splits) > 1 else splits[0], splits[-1]
 
 
 def load_scored(model, split):
@@ -175,8 +175,8 @@ def answer_loss(model, features, items, total=None):
     features: {clip: {kind: (n, De)}}. total: the number of answers to divide by, if these items are
     a part of a larger batch.
     """
-    ids = pad_rows([torch.tensor(item["ids"]) for item in items]).to(model.device)  # (B, T)
-    weights = pad_rows([torch.tensor(item["weights"]) for item in items]).to(model.device)
+    ids, weights = (pad_batch([torch.tensor(item[key]) for item in items], model.device)[0]
+                    for key in ("ids", "weights"))  # (B, T) each
     clips = list(dict.fromkeys(item["clip"] for item in items))  # each is heard once
     clip_index = [clips.index(item["clip"]) for item in items] if len(clips) < len(items) else None
     hidden = model([features[clip] for clip in clips], ids[:, :-1], clip_index)  # (B, T - 1, D)
@@ -186,13 +186,15 @@ def answer_loss(model, features, items, total=None):
 def add_feature_noise(features, scale, step):
     """Features {clip: {kind: (n, De)}} with noise of `scale` times their standard deviation, or
     those that are kept would be learnt by heart. The noise is a function of step and clip."""
+    if not scale:
+        return features
     noisy = {}
-    for clip, kinds in features.items() if scale else ():
+    for clip, kinds in features.items():
         rng = torch.Generator().manual_seed(zlib.crc32(f"{step} {clip}".encode()))
         randn = partial(torch.randn, generator=rng)
         noisy[clip] = {kind: x + scale * x.detach().std() * randn(x.shape).to(x)
                        for kind, x in kinds.items()}
-    return noisy or features
+    return noisy
 
 
 def compute_gradients(model, features, parts, stage, step, signals=(), precision="auto"):
@@ -283,8 +285,7 @@ def start_stage(model, stage, o, start):
           + " and ".join(f"{part} at {lr:g}" for part, lr in stage.rates.items()))
     optimizer = make_optimizer(model, stage.rates, o.freeze)
     if stage.name == start["stage"]:
-        optimizer.load_state_dict(start.pop("optimizer"))
-        torch.set_rng_state(start["rng"])
+        restore_training(optimizer, start)
     model.train()
     if "encoders" not in stage.rates:
         model.encoders.eval()
@@ -372,7 +373,7 @@ def load_start(model, o, fingerprint):
     path = unfinished[-1] if o.resume else Path(o.out) / f"stage{int(o.stage) - 1}.pt"
     if not path.is_file():
         raise ValueError(f"{path} is missing: train with --stage {int(o.stage) - 1} first")
-    saved = load_checkpoint(path, CHECKPOINT_FORMAT)
+    saved = load_training(path, o.resume)
     restore_weights(model, path, saved)
     if not o.resume:
         return start | {"step": saved["step"]}
@@ -418,7 +419,7 @@ def evaluate(model, features, items, train_items):
         # a set: a data set that is called "all" must not be counted twice
         for key in {(item["domain"], item["task"]), (item["domain"], "all"), ("all", "all")}:
             rows.setdefault(key, []).append([x[i] == item["output"] for x in answers.values()])
-    width = max(len(domain) for domain, _ in rows) + 2
+    width = max(map(len, ["domain", *(domain for domain, _ in rows)])) + 2
     print(f"\n{'domain':<{width}}{'task':<16}{'questions':>10}"
           + "".join(f"{x:>12}" for x in answers))
     scores = {}
@@ -451,13 +452,13 @@ class Options:
                                "like whisper=plits,sslam=lal,clap=lal")
     connector: str = option(None, "auto: lfst for sslam with clap, else mlp; default: mlp for the "
                                   "miniatures, else auto", choices=("auto", *CONNECTORS))
-    config: str = option(None, "IntegrationConfig's fields, like queries=16,audio_rope=off")
+    config: str = option(None, "audio_rope=off, or numbers of IntegrationConfig, like queries=16")
     lal_layers: str = option("all", "layers that LAL writes: all, 2: or ::2 or 0,1; or of each "
                                     "encoder, like sslam=2:,clap=:2")
     freeze: str = option("none", "LLM weights never to train. ffn: the feed-forward parts; llm: "
                                  "all; lora: all, but low-rank updates are learnt",
                          choices=("none", "ffn", "llm", "lora"))
-    train_encoders: bool = option(False, "train the encoders too, whenever the LLM is trained")
+    train_encoders: bool = option(False, "train the encoders too, in stages 2 and 3")
     encoders: str = option("all", "the miniatures to join, like whisper,sslam, or in their stead "
                                   "public checkpoints, like whisper=tiny.en.pt,sslam=sslam.pt")
     llm: str = option(None, "folder of a real LLM (Llama, Qwen2.5, SmolLM2), instead of the small "
@@ -469,7 +470,7 @@ class Options:
     audio_root: str = option(None, "folder that audio_id is relative to; else the list's own")
     skip_bad: bool = option(False, "go on without the items of --data that cannot be used")
     clips: int = option(4500, "training clips of the listening world", low=1)
-    test_clips: int = option(240, "test clips of it, with eight or nine questions each", low=1)
+    test_clips: int = option(240, "test clips of it, with some eight questions each", low=1)
     difficulty: int = option(1, "of the listening world: more events, overlap and noise", high=2)
     keep_features: bool = option(True, "hear each training clip once, not whenever it is asked for")
     feature_cache: str = option(None, "folder where features are kept for later runs")
@@ -545,7 +546,7 @@ def main(o):
         print(f"{1000 * seconds:.0f} ms a step, peak memory {peak_memory(device):.0f} MiB; the "
               f"model is {o.out}/model.pt")
         if not o.data:
-            print("ask it: python sample.py --audio out/demo/0.wav --prompt \"What do you hear?\"")
+            print(f"ask it: python sample.py --ckpt {o.out}/model.pt --audio out/demo/0.wav")
         log(file, scores=scores, seconds_per_step=seconds, options=asdict(o))
     for path in list_steps(o.out) if rank_and_size()[0] == 0 else ():
         path.unlink()  # finished: nothing to resume

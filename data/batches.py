@@ -26,7 +26,7 @@ def index_batches(sizes, batch, rng, clips=None):
     """Batches without end, arrays of up to `batch` indices: every item once before any comes again.
 
     sizes (n,): of the items' texts; similar ones meet, so that little of a batch is padding. clips
-    (n,): what each item is about, None if no two share a clip. Items about one clip stay together
+    (n,): what each item is about, None if that is not known. Items about one clip stay together
     by fours, for then their clip is heard once for all four. For example
 
         item    0  1  2  3  4  5        by clip and size, in groups:  5 1 3 0 | 4 | 2

@@ -1,4 +1,5 @@
-"""What frozen encoders make of clips, which is computed once and trained on many times.
+"""What frozen encoders make of clips, which is computed once and trained on many times; and
+warnings about clips that do not suit a model.
 
     python train.py --mode lal --feature-cache out/features    # kept for later runs, too
 

@@ -106,7 +106,7 @@ class QuestionList:
         texts = [(field, raw.get(field) or "") for field in TEXT_FIELDS]
         for field, text in texts + [("choices", choice) for choice in choices]:
             # half of a cut emoji is valid JSON, but no character
-            if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+            if not isinstance(text, str) or re.search("[\0\ud800-\udfff]", text):
                 raise ValueError(f"its field {field!r} is not text")
             if len(text) > MAX_CHARACTERS:
                 raise ValueError(f"its field {field!r} has {len(text):,} characters; cut it to at "

@@ -13,6 +13,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain, count, islice, repeat
 from pathlib import Path
 
@@ -28,11 +29,11 @@ from data.world import (ATTRIBUTES, INSTRUMENTS, KINDS, SCALE, SECONDS, SYLLABLE
 from encoders import ENCODERS, load_encoder, make_encoder
 from integrate import AudioLLM, IntegrationConfig, Segment, prefill
 from lib.cli import command_line, option
-from lib.optim import cosine_schedule, pad_rows
+from lib.optim import cosine_schedule
 from lib.tokenizers import load_tokenizer, tokenizer_from_bytes, train_tokenizer
-from lib.weights import (as_value_error, bytes_to_tensor, load_checkpoint, save_atomically,
-                         tensor_to_bytes)
-from model import LLM, KVCache, LLMConfig
+from lib.weights import (as_value_error, build_for, bytes_to_tensor, load_checkpoint,
+                         save_atomically, tensor_to_bytes)
+from model import LLM, KVCache, LLMConfig, pad_batch
 
 BASE_FORMAT = "prepared parts 1"
 # Scenes of the training split, from this index on: an encoder would hear the clips that it learnt
@@ -224,7 +225,8 @@ def pretrain_llm(o):
         clip_index = [i for i, own in enumerate(conversations) for _ in own]
         conversations = list(chain(*conversations))
         ids, weights = zip(*(tokenize_conversation(tokenizer, c) for c in conversations))
-        ids, weights = (pad_rows([torch.tensor(row) for row in rows]) for rows in (ids, weights))
+        ids, weights = (pad_batch([torch.tensor(row) for row in rows])[0]
+                        for rows in (ids, weights))
         # every other batch goes LAL's way, so that the LLM suits both
         before = Segment("plits", llm.embed(torch.tensor([[tokenizer.bos_id]])))
         cache = KVCache(llm.config.num_hidden_layers)
@@ -290,10 +292,22 @@ def parse_encoders(text, miniatures=tuple(ENCODERS), kinds=tuple(ENCODERS)):
     for entry in text.split(","):
         kind, equals, path = entry.partition("=")
         if kind not in (kinds if path else miniatures) or equals and not path:
-            raise ValueError(f"--encoders {text}: {entry!r} is not one of {', '.join(miniatures)}, "
-                             "alone or with =PATH")
+            raise ValueError(f"--encoders {text}: {entry!r} is not one of {', '.join(kinds)} with "
+                             f"=PATH, or a miniature: {', '.join(miniatures) or 'there is none'}")
         paths[kind] = path or None
     return paths
+
+
+def make_parts(saved):
+    """{name: module} of a base.pt's contents, without their weights."""
+    sizes = saved.get("encoders", {})  # files of earlier versions have the usual ones
+    encoders = {kind: ENCODERS[kind](ENCODERS[kind].Config(**sizes[kind])) if kind in sizes
+                else make_encoder(kind) for kind in saved["state"] if kind != "llm"}
+    return {"llm": LLM(LLMConfig(**saved["llm_config"])), **encoders}
+
+
+def shapes(tensors):
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def load_base(path, mode, config=IntegrationConfig(), encoders="all", llm=None):
@@ -303,12 +317,16 @@ def load_base(path, mode, config=IntegrationConfig(), encoders="all", llm=None):
     real LLM, which takes the place of the miniature. ValueError, one line, for what cannot be read.
     """
     saved = load_checkpoint(path, BASE_FORMAT)
-    with as_value_error(path, "base of this version of the code",
-                        "make it anew with python -m data.pretrain"):
-        parts = {"llm": LLM(LLMConfig(**saved["llm_config"]))}
-        sizes = saved.get("encoders", {})  # files of earlier versions have the usual ones
-        parts |= {kind: ENCODERS[kind](ENCODERS[kind].Config(**sizes[kind])) if kind in sizes
-                  else make_encoder(kind) for kind in saved["state"] if kind != "llm"}
+    guard = partial(as_value_error, path, "base of this version of the code",
+                    "make it anew with python -m data.pretrain")
+    with guard(), build_for(sum(map(list, saved["state"].values()), [])):
+        for name, part in make_parts(saved).items():  # wrong sizes end here, and take no memory
+            ours, theirs = shapes(part.state_dict()), shapes(saved["state"][name])
+            wrong = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+            if wrong:
+                raise ValueError(f"of {name} other sizes or names: {', '.join(wrong[:3])}")
+    with guard():
+        parts = make_parts(saved)
         for name, part in parts.items():
             part.load_state_dict(saved["state"][name])
         tokenizer = tokenizer_from_bytes(tensor_to_bytes(saved["tokenizer"]))

@@ -1,4 +1,4 @@
-"""The listening world: a synthetic stand-in for the paper's data, OpenAQA's millions of clips.
+"""The listening world: a synthetic stand-in for the paper's data, OpenAQA's millions of questions.
 
 Clips of four seconds, of sounds, speech or music, and questions whose answers are known because we
 put the sounds there. Nothing is stored: a clip is a function of (split, index, seed, difficulty),
@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lib.audio import resample, save_wav
+from lib.audio import save_wav
+from lib.resampling import resample
 
 RATE = 16000   # samples per second
 SECONDS = 4.0  # length of every clip

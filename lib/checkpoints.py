@@ -50,6 +50,8 @@ def load_model(cls, path, checkpoint_paths):
         if saved.get("llm_path"):
             files["llm"] = saved["llm_path"]
         parts = {kind: str(checkpoint_paths.get(kind, file)) for kind, file in files.items()}
+    for kind in set(checkpoint_paths) - set(files):
+        raise ValueError(f"{path} names no file of {kind}: leave out --encoders {kind}=")
     for kind, file in parts.items():
         try:
             parts[kind] = (LLM.from_pretrained(file) if kind == "llm"
@@ -116,3 +118,26 @@ def restore_weights(model, path, saved):
         external = {name: t for name, t in model.state_dict().items() if is_external(model, name)}
         load_weights(model, saved.pop("state") | external, f"{path}: of another model",
                      torch.float32)
+
+
+def load_training(path, resume):
+    """What train.py saved at the end of a stage or, to resume from, in the middle of one: a dict.
+    Its model's weights are for restore_weights. ValueError, one line, if it is not that."""
+    saved = load_checkpoint(path, CHECKPOINT_FORMAT)
+    middle = {"at": 0, "loss": 0.0, "logged": 0, "data": "a checksum", "options": {},
+              "optimizer": {}}
+    with as_value_error(path, "training of this code", "go on from another file"):
+        check_values(saved, {"stage": "1", "step": 0, **(middle if resume else {})})
+    return saved | {"path": path}
+
+
+def restore_training(optimizer, saved):
+    """Put the optimizer and torch's random numbers where they stood in the middle of a stage."""
+    with as_value_error(saved["path"], "training of this code", "go on from another file"):
+        optimizer.load_state_dict(saved.pop("optimizer"))
+        for group in optimizer.param_groups:
+            check_values(group, {"lr": 0.0, "peak": 1.0, "weight_decay": 0.0})
+        for p, state in optimizer.state.items():
+            if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
+                raise ValueError("its averages have other shapes than the weights")
+        torch.set_rng_state(saved["rng"])

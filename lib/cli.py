@@ -1,4 +1,5 @@
-"""Command-line options made from the fields of a dataclass, and the choice of a device.
+"""Command-line options made from the fields of a dataclass, lists of numbers and layers in them,
+and the choice of a device.
 
     @dataclass(frozen=True)
     class Options:
@@ -30,8 +31,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
     """Shows defaults, where there is one to show, and leaves the lines of the text as they are."""
 
     def _get_help_string(self, action):
-        plain = action.default in (None, False, argparse.SUPPRESS)
-        return action.help if plain else super()._get_help_string(action)
+        if action.default is None or action.default is False:  # which 0 equals, but is not
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,6 +125,8 @@ def pick_device(name, dtype="float32"):
         raise ValueError(f"--device {name} cannot be used: {reason}") from None
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if device.type == "cuda":  # or sums, clocks and memory would be those of the first one
+        torch.cuda.set_device(device)
     print(f"device {device}, {dtype}, {torch.get_num_threads()} threads", file=sys.stderr)
     return device
 
@@ -146,8 +150,8 @@ def parse_layers(text, count):
     except (ValueError, TypeError):
         layers = set()
     if not layers or not layers <= set(range(count)):
-        raise ValueError(f"lal-layers {text}: expected all, or of 0 to {count - 1}: "
-                         "2: or ::2 or 0,1")
+        raise ValueError(f"--lal-layers '{text}': expected all, or layers of 0 to {count - 1}, "
+                         "like 2: or ::2 or 0,1")
     return sorted(layers)
 
 
@@ -159,5 +163,6 @@ def layers_by_encoder(text, routes, count):
     if "=" in text:
         named = dict(entry.split("=", 1) for entry in re.split(",(?=[a-z]+=)", text))
     if text != "all" and not (named and set(named) <= set(able)):
-        raise ValueError(f"lal-layers {text}: here these go LAL's way: {', '.join(able) or 'none'}")
+        raise ValueError(f"--lal-layers '{text}': the encoders that go LAL's way here are "
+                         f"{', '.join(able) or 'none'}")
     return {kind: parse_layers(named.get(kind, "all"), count) for kind in routes}

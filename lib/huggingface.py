@@ -1,4 +1,4 @@
-"""A decoder LLM from a folder of Hugging Face's: read, or refused if it asks for what is not here.
+"""Reads a decoder LLM from a Hugging Face folder; refuses settings that are not computed here.
 
     python -c "from model import *; print(LLM.from_pretrained('SmolLM2-135M-Instruct').config)"
 """

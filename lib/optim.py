@@ -6,7 +6,6 @@ import math
 import sys
 
 import torch
-from torch import nn
 
 
 def cosine_schedule(step, steps):
@@ -16,11 +15,6 @@ def cosine_schedule(step, steps):
         return (step + 1) / warm_up
     progress = (step - warm_up) / max(1, steps - warm_up)
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def pad_rows(rows):
-    """Tensors (n_i,) as one (B, T), padded with zeros at their ends."""
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def peak_memory(device):

@@ -157,11 +157,10 @@ def draw_costs(path, title, xlabel, panels):
 def draw_learning(path, arms):
     """The share of right answers against the computing that it took to learn them.
 
-    arms: {name: points}, each (TFLOPs, seconds, [% right of each seed]); bands span the seeds.
-    ValueError for more arms than there are colours.
+    arms: {name: points}, each (TFLOPs, seconds, [% right of each seed]); bands span the seeds. No
+    more arms than COLOURS.
     """
-    if len(arms) > len(COLOURS):
-        raise ValueError(f"{len(arms)} arms: there are colours for {len(COLOURS)}")
+    assert len(arms) <= len(COLOURS), f"{len(arms)} arms: there are colours for {len(COLOURS)}"
     with open_figure(path, 1, 2, figsize=(9, 4), sharey=True) as axes:
         for ax, axis, label in zip(axes, (0, 1), ("TFLOPs of training", "seconds of training")):
             for (name, points), colour in zip(arms.items(), COLOURS.values()):

@@ -1,4 +1,5 @@
-"""What a program takes: seconds, saved bytes, attention kernels; and the machine it ran on.
+"""What a program takes: seconds, FLOPs, saved bytes, attention kernels; transformers' step beside
+it; processes of their own; the machine; and tables of all that.
 
     python -c "from lib.profiling import *; print(describe_machine('cpu'))"
 """

@@ -175,7 +175,7 @@ def print_scores(items, columns):
     rows = {}
     for i, item in enumerate(items):
         rows.setdefault((item["domain"], item["task"]), []).append(i)
-    width = max(len(dataset) for dataset, _ in rows) + 2
+    width = max(map(len, ["dataset", *(dataset for dataset, _ in rows)])) + 2
     print(f"{'dataset':<{width}}{'task':<16}{'questions':>9}  {'measure':<29}"
           + "".join(f"{column:<24}" for column in columns))
     for (dataset, task), index in sorted(rows.items()):

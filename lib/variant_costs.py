@@ -1,4 +1,5 @@
-"""What the modes of lib/variants.py cost: exact counts of matrix products and of what is saved.
+"""What attn, ffn, hybrid, residual and flamingo cost: exact counts of matrix products and of what
+is saved, and a step to be measured. (pal-summary is in bench.py itself.)
 
     python bench.py --measure nothing      # the table of costs has them beside PLITS, LAL and PAL
 
@@ -29,6 +30,7 @@ class Layer(NamedTuple):
 
 
 def widths(c):
+    """D, Hd, Kd: widths of the residual stream, of all queries, of all keys."""
     return c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
 
@@ -152,6 +154,11 @@ def make_variant(llm, mode):
     return write[mode], [], []
 
 
+def cross_entropy(logits, ids):
+    """The mean over all tokens, of logits (B, T, V) and ids (B, T)."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+
+
 def variant_loss(llm, variant, ids, audio):
     """Cross-entropy of ids (B, T) at their own places, after audio (B, N, D). variant: as
     make_variant gives it."""
@@ -162,7 +169,7 @@ def variant_loss(llm, variant, ids, audio):
     hidden = prefill(llm, segments, write=write)
     for handle in handles:
         handle.remove()
-    return F.cross_entropy(llm.head(hidden).flatten(0, 1).float(), ids.flatten())
+    return cross_entropy(llm.head(hidden), ids)
 
 
 def variant_step(llm, mode, ids, audio):

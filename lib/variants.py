@@ -85,7 +85,7 @@ def write_residual(shares, llm, audio, route, cache, layers=None, positions=None
 def add_residual(model):
     shares = nn.ParameterList([torch.zeros(model.llm.config.num_hidden_layers)])
     model.connectors["residual"] = shares
-    model.write = lambda *args: write_residual(shares[0], *args)
+    model.write = lambda *args: write_residual(shares[0], *args)  # loading replaces shares[0]
 
 
 class Summary(nn.Module):
@@ -167,9 +167,13 @@ def read_audio(gated_layer, n, block, arguments):
     return gated_layer(x, k, v, audio_mask), angles, mask, cache, layer
 
 
-MODES["attn"] = lambda model: setattr(model, "write", write_attention_only)
-MODES["ffn"] = lambda model: setattr(model, "write", write_feed_forward_only)
-MODES["hybrid"] = lambda model: setattr(model, "write", write_hybrid)
+def set_write(write, model):
+    model.write = write
+
+
+MODES["attn"] = partial(set_write, write_attention_only)
+MODES["ffn"] = partial(set_write, write_feed_forward_only)
+MODES["hybrid"] = partial(set_write, write_hybrid)
 MODES["residual"] = add_residual
 MODES["pal-summary"] = add_summaries
 MODES["flamingo"] = add_flamingo

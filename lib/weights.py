@@ -35,6 +35,8 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
 @contextmanager
 def as_value_error(path, what, advice="fetch it again, or another"):
     """Whatever goes wrong with a missing, damaged or hostile file is a ValueError of one line."""
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        raise ValueError(f"{path}: is a pipe or a device; give a file")  # it could block for ever
     try:
         yield
     except OSError as error:
@@ -46,9 +48,17 @@ def as_value_error(path, what, advice="fetch it again, or another"):
         # load_state_dict's first line ends in a colon, and the names come after it
         reason = " ".join(" ".join(lines if lines[0].endswith(":") else lines[:1]).split())
         reason = f"it has no {error}" if isinstance(error, KeyError) else reason
-        if Path(path).is_file() and Path(path).open("rb").read(24) == b"version https://git-lfs.":
+        if is_lfs_pointer(path):
             reason, advice = "but a git-lfs pointer to it", "run `git lfs pull` in its folder"
         raise ValueError(f"{path}: no {what} ({reason}); {advice}") from None
+
+
+def is_lfs_pointer(path):
+    """Whether git-lfs left a few lines in place of a large file."""
+    if not Path(path).is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(24) == b"version https://git-lfs."
 
 
 def read_json(path):
@@ -288,10 +298,9 @@ def save_atomically(path, content, write=torch.save):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    file = open(temporary, "xb")  # a new file, through no link
+    temporary = path.with_name(f".{temporary_stem(path)}.{secrets.token_hex(8)}.tmp")
     try:
-        with file:
+        with open(temporary, "xb") as file:  # a new file, through no link
             with suppress(OSError):
                 lock(file)  # or remove_stale would take it for a dead process's
             write(content, file)
@@ -307,10 +316,33 @@ def save_atomically(path, content, write=torch.save):
         temporary.unlink(missing_ok=True)  # on a full disk it would take what room there is
 
 
+def check_output(path, inputs):
+    """ValueError or OSError if a file cannot be written there, or is one of the inputs or in a
+    folder that is one; "" stands for no input."""
+    out = Path(path)
+    if out.exists():
+        folders = [Path(name).resolve() for name in inputs if name and Path(name).is_dir()]
+        used = any(out.samefile(name) for name in inputs if name and Path(name).exists())
+        if not out.is_file() or used or not {*folders}.isdisjoint(out.resolve().parents):
+            raise ValueError(f"--out {path}: is a folder, a device, or read here; name a new file")
+    probe = out.with_name(f".{temporary_stem(out)}.{secrets.token_hex(8)}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        open(probe, "xb").close()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def temporary_stem(path):
+    """What a temporary file's name has of the path's: a name may have 255 bytes, and no more."""
+    return path.name[:50]
+
+
 def remove_stale(path):
     """Remove what killed processes left of saving `path`: temporary files that nobody writes."""
     for name in os.listdir(path.parent):
-        if re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.tmp", name):
+        if re.fullmatch(rf"\.{re.escape(temporary_stem(path))}\.[0-9a-f]{{16}}\.tmp", name):
             with suppress(OSError):
                 with open(path.with_name(name), "rb") as file:
                     lock(file)

@@ -24,7 +24,7 @@ def test_help_shows_every_option_and_its_default(program, call):
         flag = "--" + f.name.replace("_", "-")
         assert flag in words and "_" not in flag
         assert f.metadata["help"] in words
-        if f.default not in (None, False):
+        if f.default is not None and f.default is not False:
             assert f"(default: {f.default})" in words.split(f.metadata["help"], 1)[1]
 
 

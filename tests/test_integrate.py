@@ -1,5 +1,6 @@
 """The facts that define PLITS, LAL and PAL, on the real classes, equalities in float64."""
 import math
+import re
 from fractions import Fraction
 from functools import partial
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from torch.nn.attention.bias import CausalBias
 import model as model_module
 from encoders import CLAP, SSLAM, CLAPConfig, SSLAMConfig, Whisper, WhisperConfig
 from integrate import (CONNECTORS, LFST, MODES, AudioLLM, IntegrationConfig, MLPConnector, QFormer,
-                       Segment, hear, lal, pal, plits, pool, prefill)
+                       Segment, hear, lal, mode_routes, pal, plits, pool, prefill)
 from lib import checkpoints
 from lib.cli import parse_layers
 from lib.tokenizers import train_tokenizer
@@ -149,6 +150,19 @@ def test_lal_hears_through_what_is_wrapped_around_its_weights(wrap, names):
         base.weight.data += delta.detach()
         setattr(attention, name, base)
     assert same(adapted, lal(llm, ids, a)) and not same(adapted, bare, 1e-2)
+
+
+def test_lal_hears_through_hooks_on_its_weights():
+    llm, ids, a = setting(1)
+    bare = lal(llm, ids, a)
+    proj = llm.model.layers[0].self_attn.v_proj
+    handle = proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    hooked = lal(llm, ids, a)
+    handle.remove()
+    proj.weight.data *= 2
+    if proj.bias is not None:
+        proj.bias.data *= 2
+    assert same(hooked, lal(llm, ids, a)) and not same(hooked, bare, 1e-2)
 
 
 @pytest.mark.parametrize("mode, counts", [
@@ -603,6 +617,15 @@ def test_save_and_load(model, tmp_path):
             AudioLLM.load(tmp_path / name)
 
 
+@pytest.mark.parametrize("mode", ["pall", "clap=lal", "clap=lal,sslam=flamingo",
+                                  "clap=lal,sslam=lal,junk", "clap=lal,sslam=lal,clap=plits"])
+def test_a_table_of_routes_names_each_encoder_once(mode):
+    encoders = {"clap": None, "sslam": None}
+    assert mode_routes("clap=lal,sslam=plits", encoders) == {"clap": "lal", "sslam": "plits"}
+    with pytest.raises(ValueError, match=re.escape(mode)):
+        mode_routes(mode, encoders)
+
+
 def test_a_mode_is_nothing_but_the_routes():
     a, b = audio_llm("plits").state_dict(), audio_llm("lal").state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -712,10 +735,10 @@ def test_without_positions_the_whole_model_cannot_tell_before_from_after():
 
 @pytest.mark.parametrize("mode, config, word", [
     ("plits", {"lal_layers": "1:"}, "lal-layers"), ("attn", {"audio_rope": "off"}, "audio_rope"),
-    ("flamingo", {"lal_layers": "0"}, "lal-layers"), ("lal", {"lal_layers": "7"}, "lal-layers 7"),
-    ("pal", {"lal_layers": "whisper=1:"}, "go LAL's way: sslam"),
-    ("lal", {"lal_layers": "sslam=1:,clap=1:"}, "go LAL's way: whisper, sslam"),
-    ("lal", {"lal_layers": "sslam=9"}, "lal-layers 9"),
+    ("flamingo", {"lal_layers": "0"}, "lal-layers"), ("lal", {"lal_layers": "7"}, "lal-layers '7'"),
+    ("pal", {"lal_layers": "whisper=1:"}, "go LAL's way here are sslam"),
+    ("lal", {"lal_layers": "sslam=1:,clap=1:"}, "go LAL's way here are whisper, sslam"),
+    ("lal", {"lal_layers": "sslam=9"}, "lal-layers '9'"),
     ("lal", {"connector": "perceiver"}, "connector perceiver: choose auto, mlp")])
 def test_configurations_that_do_not_go_together_are_one_line(mode, config, word):
     with pytest.raises(ValueError, match=word):
@@ -785,7 +808,7 @@ TAMPERED = [  # keys, value, words of the message
     (("config", "grid_steps"), 0, "grid_steps is 0"),
     (("config", "grid_bands"), 10 ** 9, "grid_bands is 1000"),
     (("config", "lal_layers"), 3, "lal_layers is 3"),
-    (("config", "lal_layers"), "7", "lal-layers 7"),
+    (("config", "lal_layers"), "7", "lal-layers '7'"),
     (("config", "new"), 1, "'new'"),
     (("encoders", "new"), {"checkpoint_path": "x.pt", "frozen": True}, "no 'new'"),
     (("encoders", "clap"), "del", "missing"),

@@ -11,10 +11,18 @@ from test_world import scenes
 
 from data import pretrain, world
 from data.pretrain import ENCODER_DOMAINS, TARGET_WORDS, frame_targets, load_base, parse_encoders
-from lib.optim import pad_rows
+from model import pad_batch
 
 ROOT = Path(__file__).parents[1]
 TIMES = np.arange(0, world.SECONDS, 0.04)
+
+
+def test_a_base_of_absurd_sizes_takes_no_memory(base, tmp_path):
+    saved = torch.load(base, weights_only=True)
+    for sizes in ({"num_hidden_layers": 10 ** 7}, {"hidden_size": 10 ** 6}, {"vocab_size": 10 ** 9}):
+        torch.save(saved | {"llm_config": saved["llm_config"] | sizes}, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match="x.pt.*(far more|other sizes)"):
+            load_base(tmp_path / "x.pt", "lal")
 
 
 # --------------------------------------------------------------------------- what is learnt from
@@ -92,7 +100,7 @@ def test_pretraining_learns_from_clips_that_training_and_tests_never_use(monkeyp
 
 
 def test_rows_are_padded_with_zeros_at_their_ends():
-    padded = pad_rows([torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 5, 6])])
+    padded, _ = pad_batch([torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 5, 6])])
     assert padded.tolist() == [[1, 2, 0], [3, 0, 0], [4, 5, 6]]
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -265,6 +266,31 @@ def test_the_answers_overwrite_nothing_that_is_read(name, refuses, checkpoint, s
     refuses([f"--out {name}"], sample, "--ckpt", "model.pt", "--data", "q.json", "--out", name,
             "--max-new-tokens", 1)
     assert {path: path.read_bytes() for path in sounds.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("kind", ["llm", "whisper"])
+def test_the_answers_overwrite_no_file_of_a_folder_that_is_read(kind, refuses, sounds, monkeypatch):
+    folder = sounds / "weights"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    (sounds / "q.json").write_text(json.dumps([item()]))
+    part = SimpleNamespace(checkpoint_path=str(folder))
+    whole = SimpleNamespace(checkpoint_path=None)
+    model = SimpleNamespace(seconds=4.0, llm=part if kind == "llm" else whole,
+                            encoders={"whisper": part if kind == "whisper" else whole})
+    options = sample.Options(data="q.json", ckpt="model.pt", out="weights/tokenizer.json")
+    with pytest.raises(ValueError, match="read here; name a new file"):
+        sample.score_list(model, options)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="other rules for names")
+def test_where_nothing_can_be_written_is_said_before_anything_is_asked(
+        refuses, checkpoint, sounds, monkeypatch):
+    (sounds / "q.json").write_text(json.dumps([item()]))
+    monkeypatch.setattr(sample, "answer_all", None)
+    for out in ("q.json/answers.json", "x" * 300 + ".json"):
+        refuses([f"{out}: "], sample, "--ckpt", checkpoint, "--data", "q.json", "--out", out)
+    assert not [path for path in sounds.iterdir() if path.suffix == ".tmp"]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no such devices here")

@@ -628,11 +628,37 @@ def test_many_bad_items_are_counted_and_can_be_left_out(sounds, refuses, run_tra
     assert losses(good) == losses(mended)
 
 
+def test_one_list_to_learn_from_and_to_be_asked(sounds, run_train):
+    lines = run_train("--no-keep-features", data=("--data", "v.json", "--val-data", "v.json"))[2]
+    assert lines[-1]["scores"]["all all"]["questions"] == 3
+
+
 def test_a_list_that_changed_cannot_be_resumed(unfinished, refuses, sounds):
     whole = (sounds / "q.json").read_text()
     (sounds / "q.json").write_text(whole.replace("b b", "B b"))
     refuses(["q.json has changed", "step-00000004.pt", "put it back", "--skip-bad"], train,
             *unfinished, "--resume")
+
+
+@pytest.mark.parametrize("keys, value", [
+    (("stage",), 3.5), (("at",), "x"), (("step",), -1), (("step",), None), (("loss",), "x"),
+    (("logged",), "x"), (("data",), "del"), (("options",), None), (("options",), "del"),
+    (("optimizer",), "x"), (("optimizer",), {}), (("optimizer", "param_groups"), []),
+    (("optimizer", "param_groups", 0, "lr"), "x"), (("optimizer", "state", 0), {}),
+    (("optimizer", "state", 0, "exp_avg"), torch.zeros(2)), (("rng",), torch.zeros(9)),
+    (("rng",), "x"), (("rng",), "del")], ids=lambda x: str(x)[:40])
+def test_an_unfinished_training_that_was_tampered_with_is_one_line(
+        keys, value, unfinished, refuses, tmp_path):
+    path = tmp_path / "out" / "lal" / "step-00000004.pt"
+    saved = node = torch.load(path, weights_only=True)
+    for key in keys[:-1]:
+        node = node[key]
+    if isinstance(value, str) and value == "del":
+        del node[keys[-1]]
+    else:
+        node[keys[-1]] = value
+    torch.save(saved, path)
+    refuses(["step-00000004.pt", "another"], train, *unfinished, "--resume")
 
 
 @pytest.fixture
@@ -796,7 +822,7 @@ def test_a_bad_base_is_one_line_and_overwrites_nothing(refuses, sounds, earlier,
     ("--mode flits", ["--mode", "flits", "plits", "lal", "pal"]),
     ("--mod lal", ["--mod"]),
     ("--nonsense", ["--nonsense"]),
-    ("--lal-layers 9", ["lal-layers 9", "0 to 2"]),
+    ("--lal-layers 9", ["--lal-layers '9'", "0 to 2"]),
     ("--mode plits --config audio_rope=off", ["audio_rope", "plits"]),
     ("--config audio_rope=no", ["--config audio_rope=no", "audio_rope=off"]),
     ("--connector flst", ["--connector", "lfst"]),

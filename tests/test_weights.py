@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from encoders import load_encoder
-from lib.weights import load_checkpoint, load_tensors, load_weights, save_atomically
+from lib.weights import (load_checkpoint, load_tensors, load_weights, read_json,
+                         save_atomically)
 
 LEGACY = dict(_use_new_zipfile_serialization=False)
 
@@ -352,3 +353,18 @@ def test_shapes_are_compared_before_anything_is_allocated(monkeypatch):
     with pytest.raises(ValueError) as error:
         load_weights(torch.nn.Linear(2, 2), tensors, "a.pt: no layer", torch.float64)
     one_line(error, "a.pt: no layer", "weight is torch.float32 (1000000, 1000000), not (2, 2)")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes of that kind here")
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path):
+    for name in ("config.json", "model.safetensors", "x.pt"):
+        os.mkfifo(tmp_path / name)
+        for read in (read_json, load_tensors):
+            with pytest.raises(ValueError, match="is a pipe or a device"):
+                read(tmp_path / name)
+
+
+def test_a_name_of_as_many_bytes_as_the_system_takes_can_be_saved(tmp_path):
+    path = tmp_path / ("ü" * 120 + ".json")  # 245 bytes
+    save_atomically(path, b"{}", lambda content, file: file.write(content))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
