@@ -8,8 +8,8 @@ miniature that a laptop trains. Nothing here computes with a language model.
     python -c "from encoders import *; wave = load_audio('assets/demo.wav', 16000); \
                m = make_encoder('sslam'); print(m(m.front_end(wave[None])).shape, m.grid)"
 
-A new encoder is a subclass of Encoder and one entry in ENCODERS. B batch, N tokens, D its width,
-H heads, F frames of a spectrogram, M its mel bands, R the side of CLAP's square map, nW its
+A new encoder is a subclass of Encoder and one entry in ENCODERS. B batch, N tokens, D an encoder's
+width, H heads, F frames of a spectrogram, M its mel bands, R the side of CLAP's square map, nW its
 windows; LN is layer normalisation, STFT the short-time Fourier transform.
 """
 import math
@@ -78,7 +78,7 @@ class Encoder(nn.Module):
     and `filters` (bins, mels) make the spectrogram: no weights, always float32.
 
     A subclass has `spectrogram`, `forward`, and for public files infer_config(state, names) ->
-    Config: state is the renamed tensors, in which it may drop or cut some; names is the file's own.
+    Config: state is the renamed tensors, in which it may drop or cut some; names all of the file's.
     """
     Config = None           # a dataclass of sizes, `width` and `seconds` among them
     sizes = {}              # name: a Config

@@ -120,7 +120,7 @@ def plan_stages(items, o):
         print(f"stage {stage.name}: {len(index):,} questions, {steps} steps of {stage.batch}")
         rng = np.random.default_rng([o.seed, int(stage.name)])
         order = islice(index_batches(sizes, stage.batch, rng, clips), steps)
-        plan.append((stage, steps, map(index.__getitem__, order)))
+        plan.append((stage, steps, map(index.__getitem__, order)))  # this round's index
     if not plan:
         raise ValueError("nothing to train: no stage has both steps and questions of its tasks")
     return plan
