@@ -617,6 +617,16 @@ def test_save_and_load(model, tmp_path):
             AudioLLM.load(tmp_path / name)
 
 
+def test_features_that_are_kept_have_no_gradient_and_those_of_a_trained_encoder_do():
+    model = audio_llm("lal")
+    encoder = model.encoders["sslam"].requires_grad_(True)
+    encoder.frozen = False
+    kept, = model.features([clip(0.5)])
+    encoded, = model.encode([model.spectrograms(clip(0.5))])
+    assert not any(x.requires_grad for x in kept.values())
+    assert encoded["sslam"].requires_grad and not encoded["whisper"].requires_grad
+
+
 @pytest.mark.parametrize("mode", ["pall", "clap=lal", "clap=lal,sslam=flamingo",
                                   "clap=lal,sslam=lal,junk", "clap=lal,sslam=lal,clap=plits"])
 def test_a_table_of_routes_names_each_encoder_once(mode):
