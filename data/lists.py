@@ -96,8 +96,8 @@ class QuestionList:
         """The item in a line of JSON. ValueError: what is wrong with it, but for its clip."""
         try:
             raw = json.loads(line)
-        except (ValueError, RecursionError) as error:  # JSONDecodeError has msg
-            raise ValueError(f"not JSON ({getattr(error, 'msg', 'no text or too deep')})") from None
+        except (ValueError, RecursionError) as error:  # JSONDecodeError has msg, without the place
+            raise ValueError(f"not JSON ({getattr(error, 'msg', error)})") from None
         if not isinstance(raw, dict):
             raise ValueError(f"{type(raw).__name__}, not an object")
         choices = raw.get("choices") or []
@@ -178,7 +178,7 @@ def as_json_lines(path):
         is_list = text.lstrip().startswith("[")
         lines = [*map(json.dumps, json.loads(text))] if is_list else text.split("\n")
     except (ValueError, RecursionError) as error:  # JSONDecodeError has msg and lineno
-        reason, line = getattr(error, "msg", "not text, or too deep"), getattr(error, "lineno", 1)
+        reason, line = getattr(error, "msg", error), getattr(error, "lineno", 1)
         raise ValueError(f"{path}: line {line}: not JSON ({reason})") from None
     handle, copy = tempfile.mkstemp(".jsonl")
     with open(handle, "w", encoding="utf-8", newline="\n") as file:

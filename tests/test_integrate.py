@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.attention.bias import CausalBias
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
 from encoders import CLAP, SSLAM, CLAPConfig, SSLAMConfig, Whisper, WhisperConfig
 from integrate import (CONNECTORS, LFST, MODES, AudioLLM, IntegrationConfig, MLPConnector, QFormer,
-                       Segment, hear, lal, mode_routes, pal, plits, pool, prefill)
+                       Segment, hear, lal, mode_routes, nearest_parts, pal, plits, pool, prefill)
 from lib import checkpoints
 from lib.cli import parse_layers
 from lib.tokenizers import train_tokenizer
@@ -625,6 +626,21 @@ def test_features_that_are_kept_have_no_gradient_and_those_of_a_trained_encoder_
     encoded, = model.encode([model.spectrograms(clip(0.5))])
     assert not any(x.requires_grad for x in kept.values())
     assert encoded["sslam"].requires_grad and not encoded["whisper"].requires_grad
+
+
+class Float64OnMeta(TorchDispatchMode):
+    """Refuses tensors of float64 on device meta, as a device that has no float64 would."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        assert not (result.is_meta and result.dtype == torch.float64), operation
+        return result
+
+
+def test_the_places_of_lfst_need_no_float64_on_their_device():
+    valid = torch.ones(1, 10, dtype=torch.bool, device="meta")
+    with Float64OnMeta():
+        assert nearest_parts(5, 10, 1.0, valid).shape == (1, 5, 10)
 
 
 @pytest.mark.parametrize("mode", ["pall", "clap=lal", "clap=lal,sslam=flamingo",
