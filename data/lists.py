@@ -96,8 +96,8 @@ class QuestionList:
         """The item in a line of JSON. ValueError: what is wrong with it, but for its clip."""
         try:
             raw = json.loads(line)
-        except (ValueError, RecursionError) as error:  # JSONDecodeError has msg, without the place
-            raise ValueError(f"not JSON ({getattr(error, 'msg', error)})") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not JSON ({json_problem(error)})") from None
         if not isinstance(raw, dict):
             raise ValueError(f"{type(raw).__name__}, not an object")
         choices = raw.get("choices") or []
@@ -160,6 +160,11 @@ def drop_unreadable(items, clips):
     return [item for item in items if item["clip"] not in bad]
 
 
+def json_problem(error):
+    """What json.loads had to say, in a few words and without a place."""
+    return "nested too deep" if isinstance(error, RecursionError) else getattr(error, "msg", error)
+
+
 def as_json_lines(path):
     """The path of a list as JSON lines, what to call one of them, and the number of the first.
 
@@ -177,9 +182,9 @@ def as_json_lines(path):
         text = Path(path).read_text(encoding="utf-16" if utf16 else "utf-8-sig")
         is_list = text.lstrip().startswith("[")
         lines = [*map(json.dumps, json.loads(text))] if is_list else text.split("\n")
-    except (ValueError, RecursionError) as error:  # JSONDecodeError has msg and lineno
-        reason, line = getattr(error, "msg", error), getattr(error, "lineno", 1)
-        raise ValueError(f"{path}: line {line}: not JSON ({reason})") from None
+    except (ValueError, RecursionError) as error:  # JSONDecodeError has lineno
+        line = getattr(error, "lineno", 1)
+        raise ValueError(f"{path}: line {line}: not JSON ({json_problem(error)})") from None
     handle, copy = tempfile.mkstemp(".jsonl")
     with open(handle, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(line + "\n" for line in lines)

@@ -633,7 +633,8 @@ class Float64OnMeta(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        assert not (result.is_meta and result.dtype == torch.float64), operation
+        for tensor in [result] if torch.is_tensor(result) else result:
+            assert not (tensor.is_meta and tensor.dtype == torch.float64), operation
         return result
 
 
