@@ -271,3 +271,8 @@ def test_the_loss_is_the_weighted_sum_over_the_tokens_to_be_learnt():
     expected = -sum(weights[b, t] * log_p[b, t - 1, ids[b, t]]
                     for b in range(2) for t in range(1, 6))
     assert torch.allclose(llm.loss(hidden, ids, weights), expected, rtol=0, atol=1e-12)
+
+
+def test_no_more_tokens_stay_than_reach_top_p_exactly():
+    tokens = sample_token(torch.zeros(100, 2), 1.0, 0.5, torch.Generator().manual_seed(0))
+    assert len(set(tokens.tolist())) == 1  # one of the two, of probability 1/2 each, is enough
