@@ -125,8 +125,8 @@ def pick_device(name, dtype="float32"):
         raise ValueError(f"--device {name} cannot be used: {reason}") from None
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if device.type == "cuda":  # or sums, clocks and memory would be those of the first one
-        torch.cuda.set_device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # or sums, clocks and memory would be those of the first one
     print(f"device {device}, {dtype}, {torch.get_num_threads()} threads", file=sys.stderr)
     return device
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_lists import write_wav
 
 import sample
 import train
 from data import pretrain
-from lib.cli import command_line
+from lib.cli import command_line, pick_device
 
 
 @pytest.mark.parametrize("program", [sample, train, pretrain])
@@ -89,3 +90,14 @@ def test_a_mistake_in_the_code_is_no_users_mistake(call, monkeypatch):
     monkeypatch.setattr(sample, "main", broken)
     with pytest.raises(KeyError):
         call(sample, "--audio", "a.wav")
+
+
+def test_a_gpu_with_a_number_becomes_the_current_one_and_one_without_stays(monkeypatch):
+    """As set_device does, which takes no device without a number."""
+    chosen = []
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)  # as if there were GPUs
+    monkeypatch.setattr(torch.cuda, "set_device",
+                        lambda device: chosen.append(torch.cuda._utils._get_device_index(device)))
+    for name in ("cuda", "cuda:1", "cpu"):
+        assert str(pick_device(name)) == name
+    assert chosen == [1]
