@@ -476,6 +476,7 @@ def fit(o, Na, Nt):
         flops = sum(n * train_flops(c, w, frozen, causal=True) for n, frozen in RECIPE)
         rows.append({"mode": mode, "largest micro-batch": batch, "GB without a clip": fixed / 1e9,
                      "GB a clip": (needed(2) - needed(1)) / 1e9,
+                     f"GB at batch {o.batch}": needed(o.batch) / 1e9,
                      "hours": flops / (UTILISATION * GPU_FLOPS) / 3600})
     return rows
 

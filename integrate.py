@@ -77,8 +77,8 @@ def hear(llm, audio, route, cache=None, layers=None, positions=None, rotate_keys
 
 def project_normalized(proj, normalized, gain):
     """W (a / rms(a) * gain) + b, of a / rms(a) (B, N, D)."""
-    if type(proj) is Linear and not proj._forward_hooks:  # it is its weight and bias alone
-        return F.linear(normalized, proj.weight * gain, proj.bias)
+    if type(proj) is Linear and not (proj._forward_hooks or proj._forward_pre_hooks):
+        return F.linear(normalized, proj.weight * gain, proj.bias)  # it is these two alone
     return proj(normalized * gain)  # what was put in its place, as LoRA is
 
 

@@ -495,9 +495,9 @@ def caption(scene):
 def questions(scene, rng):
     """Every question that has one right answer here, each in a phrasing drawn from rng.
 
-    Returns dicts of topic and x, see PHRASINGS, and task, instruction, output, domain. An answer that is
-    a list names every event in order of time: "a drum, a bell and a drum". Questions whose answer
-    would be the rarer one of yes and no are asked more often.
+    Returns dicts of topic and x, see PHRASINGS, and task, instruction, output, domain. An answer
+    that is a list names every event in order of time: "a drum, a bell and a drum". Questions whose
+    answer would be the rarer one of yes and no are asked more often.
     """
     items = []
     # `topics` draws from rng too, in turn with the phrasings: the order decides what is drawn

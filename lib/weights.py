@@ -298,7 +298,7 @@ def save_atomically(path, content, write=torch.save):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path)
-    temporary = path.with_name(f".{temporary_stem(path)}.{secrets.token_hex(8)}.tmp")
+    temporary = temporary_path(path)
     try:
         with open(temporary, "xb") as file:  # a new file, through no link
             with suppress(OSError):
@@ -321,11 +321,12 @@ def check_output(path, inputs):
     folder that is one; "" stands for no input."""
     out = Path(path)
     if out.exists():
-        folders = [Path(name).resolve() for name in inputs if name and Path(name).is_dir()]
-        used = any(out.samefile(name) for name in inputs if name and Path(name).exists())
-        if not out.is_file() or used or not {*folders}.isdisjoint(out.resolve().parents):
+        places = [out, *out.resolve().parents]
+        used = any(place.samefile(name) for name in inputs if name and Path(name).exists()
+                   for place in places)
+        if not out.is_file() or used:
             raise ValueError(f"--out {path}: is a folder, a device, or read here; name a new file")
-    probe = out.with_name(f".{temporary_stem(out)}.{secrets.token_hex(8)}.tmp")
+    probe = temporary_path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         open(probe, "xb").close()
@@ -337,6 +338,11 @@ def check_output(path, inputs):
 def temporary_stem(path):
     """What a temporary file's name has of the path's: a name may have 255 bytes, and no more."""
     return path.name[:50]
+
+
+def temporary_path(path):
+    """A name beside the path that nobody has used."""
+    return path.with_name(f".{temporary_stem(path)}.{secrets.token_hex(8)}.tmp")
 
 
 def remove_stale(path):

@@ -259,6 +259,8 @@ def test_what_fits_is_the_most_that_fits(call, tiny):
     assert plits["largest micro-batch"] < pal["largest micro-batch"] < lal["largest micro-batch"]
     assert plits["hours"] > summary["hours"] > lal["hours"]
     assert {row["largest micro-batch"] for row in rows(1e-6)} == {0}
+    assert plits["GB at batch 2"] == pytest.approx(  # a batch shares its cos and sin
+        plits["GB without a clip"] + 2 * plits["GB a clip"], rel=0.05)
 
 
 def test_columns_of_a_table_are_aligned_and_may_be_missing_in_a_row(capsys):
@@ -330,6 +332,7 @@ def test_a_process_that_is_killed_is_a_row_too(capsys, monkeypatch):
     (["gpt-5", "llama-3.2-1b", "qwen2.5-1.5b"], ["--llm", "gpt-5"]),
     (["--na", "whole numbers"], ["--na", "12,x"]),
     (["--arms", "lal-qformer"], ["--quality", "--arms", "lal,lol"]),
+    (["--curves", "up to 5"], ["--quality", "--curves"]),
     (["llama-3.2-1b", "4.9 GB", "1 GB"],
      ["--device", "cpu", "--llm", "llama-3.2-1b", "--memory", "1"]),
     (["--hf-reference", "pip install transformers"],

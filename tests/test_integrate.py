@@ -153,11 +153,14 @@ def test_lal_hears_through_what_is_wrapped_around_its_weights(wrap, names):
     assert same(adapted, lal(llm, ids, a)) and not same(adapted, bare, 1e-2)
 
 
-def test_lal_hears_through_hooks_on_its_weights():
+@pytest.mark.parametrize("register, hook", [
+    ("register_forward_hook", lambda module, inputs, output: 2 * output),
+    ("register_forward_pre_hook", lambda module, inputs: (2 * inputs[0],))])
+def test_lal_hears_through_hooks_on_its_weights(register, hook):
     llm, ids, a = setting(1)
     bare = lal(llm, ids, a)
     proj = llm.model.layers[0].self_attn.v_proj
-    handle = proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    handle = getattr(proj, register)(hook)
     hooked = lal(llm, ids, a)
     handle.remove()
     proj.weight.data *= 2

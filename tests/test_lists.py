@@ -307,7 +307,8 @@ def test_an_item_of_jsonl_costs_a_few_bytes_of_memory(sounds):
     traces = tracemalloc.take_snapshot().filter_traces([own]).statistics("filename")
     used = sum(trace.size for trace in traces)
     tracemalloc.stop()
-    assert len(items) == 20000 and 24 * 20000 <= used < 24 * 20000 + 60000  # the file has 300 bytes an item
+    assert len(items) == 20000  # of 300 bytes each in the file
+    assert 24 * 20000 <= used < 24 * 20000 + 60000
 
 
 def test_the_wrong_clip_is_another_one_of_the_same_domain_if_there_is_one():

@@ -19,8 +19,9 @@ TIMES = np.arange(0, world.SECONDS, 0.04)
 
 def test_a_base_of_absurd_sizes_takes_no_memory(base, tmp_path):
     saved = torch.load(base, weights_only=True)
-    for sizes in ({"num_hidden_layers": 10 ** 7}, {"hidden_size": 10 ** 6}, {"vocab_size": 10 ** 9}):
-        torch.save(saved | {"llm_config": saved["llm_config"] | sizes}, tmp_path / "x.pt")
+    absurd = {"num_hidden_layers": 10 ** 7, "hidden_size": 10 ** 6, "vocab_size": 10 ** 9}
+    for name, size in absurd.items():
+        torch.save(saved | {"llm_config": saved["llm_config"] | {name: size}}, tmp_path / "x.pt")
         with pytest.raises(ValueError, match="x.pt.*(far more|other sizes)"):
             load_base(tmp_path / "x.pt", "lal")
 

@@ -435,3 +435,14 @@ def test_words_are_made_of_all_the_tokens(checkpoint, text):
     assert [word for word, _ in words if word] == text.split()
     with pytest.raises(ValueError, match="empty"):
         word_groups(tokenizer, [])
+
+
+def test_a_file_for_what_a_checkpoint_holds_itself_is_refused(refuses, checkpoint, sounds):
+    refuses(["names no file of whisper", "leave out"], sample, "--ckpt", checkpoint, "--audio",
+            "a.wav", "--prompt", "x", "--encoders", "whisper=none.pt")
+
+
+def test_headings_and_short_names_stand_apart(call, checkpoint, sounds):
+    (sounds / "q.json").write_text(json.dumps([item(dataset="a")]))
+    text = ask(call, checkpoint, "--data", "q.json", "--max-new-tokens", 2)[0]
+    assert text.splitlines()[0].split()[:3] == ["dataset", "task", "questions"]

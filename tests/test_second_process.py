@@ -33,4 +33,5 @@ def test_all_tests_run_once_and_failures_of_both_processes_are_told(failing, tmp
     assert len({process for _, process in ran}) == 2
     assert process.returncode == (1 if failing else 0), process.stdout + process.stderr
     assert f"{1200 - len(failing)} passed" in process.stdout
-    assert sorted(map(int, re.findall(r"FAILED .*test_number\[(\d+)\]", process.stdout))) == [*failing]
+    told = re.findall(r"FAILED .*test_number\[(\d+)\]", process.stdout)
+    assert sorted(map(int, told)) == [*failing]

@@ -628,6 +628,11 @@ def test_many_bad_items_are_counted_and_can_be_left_out(sounds, refuses, run_tra
     assert losses(good) == losses(mended)
 
 
+def test_what_is_said_of_a_list_needs_one(refuses, base):
+    for option in (("--skip-bad",), ("--audio-root", "x"), ("--val-data", "x")):
+        refuses(["--data, which is missing"], train, "--base", base, *option)
+
+
 def test_one_list_to_learn_from_and_to_be_asked(sounds, run_train):
     lines = run_train("--no-keep-features", data=("--data", "v.json", "--val-data", "v.json"))[2]
     assert lines[-1]["scores"]["all all"]["questions"] == 3
