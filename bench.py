@@ -240,8 +240,7 @@ def memory(c, w, size, fused=True):
 
 def plits_over_lal(cost, c, B, Na, Nt):
     """cost(c, workload) of PLITS relative to LAL's."""
-    return (cost(c, make_workload("plits", B, Na, Nt))
-            / cost(c, make_workload("lal", B, Na, Nt)))
+    return cost(c, make_workload("plits", B, Na, Nt)) / cost(c, make_workload("lal", B, Na, Nt))
 
 
 def limits(c, Nt):
@@ -468,8 +467,8 @@ def fit(o, Na, Nt):
     for mode in MODES:
         def needed(B, mode=mode):
             w = make_workload(mode, B, Na, Nt, o.share)
-            return (fixed + saved_activation_bytes(c, w, 2)
-                    + LOGIT_BYTES * w.B * w.text * c.vocab_size)
+            logits = LOGIT_BYTES * w.B * w.text * c.vocab_size
+            return fixed + saved_activation_bytes(c, w, 2) + logits
 
         batch = bisect.bisect_right(range(1, 1 + MAX_MICRO_BATCH), 1e9 * o.fits, key=needed)
         w = make_workload(mode, 1, Na, Nt, o.share)

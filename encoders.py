@@ -231,7 +231,7 @@ class Whisper(Encoder):
 
     def forward(self, x):
         x = F.gelu(self.conv1(x.to(self.conv1.weight.dtype)))  # (B, M, F) -> (B, D, F)
-        x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, F/2, D)
+        x = F.gelu(self.conv2(x)).transpose(1, 2).contiguous()  # (B, F/2, D)
         x = x + self.positional_embedding[:x.shape[1]]
         return self.ln_post(self.blocks(x))
 
@@ -360,12 +360,13 @@ class SwinBlock(Block):
     def forward(self, x):
         B, R = x.shape[:2]  # x is (B, R, R, D)
         bias = self.attn.relative_position_bias_table[self.index].permute(2, 0, 1)[None]
+        y = self.norm1(x)
         if self.shift:
             bias = (bias + self.mask.to(bias.dtype)).repeat(B, 1, 1, 1)  # (1 or B nW, H, 64, 64)
-        y = self.norm1(x).roll((-self.shift, -self.shift), (1, 2))
+            y = y.roll((-self.shift, -self.shift), (1, 2))
         y = self.attend(into_windows(y), bias)
         y = y.view(B, R // 8, R // 8, 8, 8, -1).transpose(2, 3).reshape(x.shape)
-        x = x + y.roll((self.shift, self.shift), (1, 2))
+        x = x + (y.roll((self.shift, self.shift), (1, 2)) if self.shift else y)
         return x + self.mlp(self.norm2(x))
 
 

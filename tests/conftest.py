@@ -16,6 +16,7 @@ from exercise_texts import EXERCISES
 from data import pretrain
 from encoders import CLAP, SSLAM, SSLAMConfig, Whisper, WhisperConfig
 from lib.cli import command_line
+from lib.weights import load_checkpoint
 from model import LLM, LLMConfig
 
 gc.set_threshold(100_000, 20, 20)  # thousands of modules are looked through each time
@@ -24,12 +25,16 @@ torch.set_num_threads(1)  # sums of this size end sooner where no thread waits f
 
 @dataclass(frozen=True)
 class ShallowLLMConfig(LLMConfig):
+    hidden_size: int = 64
+    intermediate_size: int = 128
     num_hidden_layers: int = 3
+    num_attention_heads: int = 2
+    num_key_value_heads: int = 1
 
 
-SHALLOW = {Whisper: WhisperConfig(width=128, layers=1, seconds=4.0),
-           SSLAM: SSLAMConfig(width=128, layers=1, seconds=4.0),
-           CLAP: replace(CLAP.sizes["mini"], depths=(1, 2, 1))}
+SHALLOW = {Whisper: WhisperConfig(width=64, layers=1, seconds=4.0),
+           SSLAM: SSLAMConfig(width=64, layers=1, seconds=4.0),
+           CLAP: replace(CLAP.sizes["mini"], width=16, depths=(1, 1, 1))}
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +50,11 @@ def base(tmp_path_factory):
         patch.setattr(pretrain, "ProcessPoolExecutor", lambda n: ThreadPoolExecutor(1))
         pretrain.pretrain(pretrain.Options(str(path), llm_steps=1, encoder_clips=2,
                                            encoder_steps=1))
-    return path
+    saved, load = load_checkpoint(path, pretrain.BASE_FORMAT), pretrain.load_checkpoint
+    with pytest.MonkeyPatch.context() as patch:  # it is read hundreds of times
+        patch.setattr(pretrain, "load_checkpoint", lambda name, format: (
+            saved if str(name) == str(path) else load(name, format)))
+        yield path
 
 
 @pytest.fixture(scope="session")

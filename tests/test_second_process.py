@@ -1,4 +1,4 @@
-"""Half of many tests run in a second process: all of them are run once, and told of."""
+"""Half of all tests run in a second process: all of them are run once, and told of."""
 import os
 import re
 import subprocess
@@ -11,7 +11,7 @@ TESTS = """
 import os
 import pytest
 
-@pytest.mark.parametrize("n", range(1200))
+@pytest.mark.parametrize("n", range(100))
 def test_number(n):
     with open("ran", "a") as file:
         print(n, os.getpid(), file=file)
@@ -24,14 +24,14 @@ def test_number(n):
 def test_all_tests_run_once_and_failures_of_both_processes_are_told(failing, tmp_path):
     (tmp_path / "test_it.py").write_text(TESTS.replace("{failing}", repr(failing)))
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "second_process", "-p", "no:cacheprovider"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent),
+                   "PYTEST_ADDOPTS": "-q -p second_process -p no:cacheprovider"}
+    process = subprocess.run([sys.executable, "-m", "pytest"], cwd=tmp_path, env=environment,
+                             capture_output=True, text=True)
     ran = [line.split() for line in (tmp_path / "ran").read_text().splitlines()]
-    assert sorted(int(n) for n, _ in ran) == list(range(1200))
+    assert sorted(int(n) for n, _ in ran) == list(range(100))
     assert len({process for _, process in ran}) == 2
     assert process.returncode == (1 if failing else 0), process.stdout + process.stderr
-    assert f"{1200 - len(failing)} passed" in process.stdout
+    assert f"{100 - len(failing)} passed" in process.stdout
     told = re.findall(r"FAILED .*test_number\[(\d+)\]", process.stdout)
     assert sorted(map(int, told)) == [*failing]

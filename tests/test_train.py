@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from float64 import in_float64
 from test_integrate import audio_llm
 from test_lists import BAD_LISTS, BAD_SOUNDS, item, write_wav
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -1026,11 +1027,20 @@ def test_stages_one_by_one_are_all_of_them_at_once(run_train, sounds):
     assert [line for line in parts if "scores" not in line] == lines[:-1]
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A folder for what the training of `unfinished` leaves behind, which is the same each time."""
+    return tmp_path_factory.mktemp("stopped") / "out"
+
+
 @pytest.fixture
-def unfinished(call, base, sounds, monkeypatch):
+def unfinished(call, base, sounds, stopped, monkeypatch):
     """The options of a training that was asked to stop after four steps."""
     brief = ["--base", base, "--device", "cpu", "--data", "q.json", "--val-data", "v.json",
              "--batch", 2, *"--steps1 3 --steps2 300 --save-every 1".split()]
+    if stopped.exists():
+        shutil.copytree(stopped, "out")
+        return brief
     answer_loss, calls = train.answer_loss, []
 
     def broken(*args):
@@ -1042,6 +1052,7 @@ def unfinished(call, base, sounds, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "answer_loss", broken)
         assert call(train, *brief)[0] == 130
+    shutil.copytree("out", stopped)
     return brief
 
 
@@ -1126,24 +1137,6 @@ def close(lines, others, tolerance=1e-6):
     return a.shape == b.shape and np.allclose(a[:, :2], b[:, :2], rtol=0, atol=tolerance)
 
 
-def in_float64(setattr=setattr):
-    """Have train.py train in float64. Then sums in another order stay equal to 1e-6 for as long as
-    it lasts; in float32 rounding turns the signs of tiny gradients, and Adam's steps with them."""
-    load, encode = train.load_base, AudioLLM.encode
-
-    def loaded(*args):
-        model = load(*args)
-        model.llm.double(), model.connectors.double()
-        return model
-
-    def encoded(model, spectrograms):
-        return [{kind: x.double() for kind, x in clip.items()}
-                for clip in encode(model, spectrograms)]
-
-    setattr(train, "load_base", loaded)
-    setattr(AudioLLM, "encode", encoded)
-
-
 @pytest.mark.parametrize("data", ["own", "world"])
 def test_a_batch_in_parts_is_the_batch_at_once(data, run_train, sounds, monkeypatch):
     in_float64(monkeypatch.setattr)
@@ -1198,9 +1191,9 @@ def test_a_part_hears_each_of_its_clips_once_and_in_order(sounds):
 
 TWO = """import os, sys
 sys.path[:0] = {path}
-import test_train, train
+import float64, train
 from lib.cli import command_line
-test_train.in_float64()
+float64.in_float64()
 train.LOG_EVERY = 1
 calls, answer_loss = [], train.answer_loss
 train.answer_loss = lambda *a: calls.append(1) or answer_loss(*a)
