@@ -231,8 +231,8 @@ class Whisper(Encoder):
 
     def forward(self, x):
         x = F.gelu(self.conv1(x.to(self.conv1.weight.dtype)))  # (B, M, F) -> (B, D, F)
-        x = F.gelu(self.conv2(x)).transpose(1, 2).contiguous()  # (B, F/2, D)
-        x = x + self.positional_embedding[:x.shape[1]]
+        x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, F/2, D)
+        x = x.contiguous() + self.positional_embedding[:x.shape[1]]  # or each norm would copy it
         return self.ln_post(self.blocks(x))
 
     @staticmethod

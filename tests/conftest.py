@@ -40,7 +40,7 @@ SHALLOW = {Whisper: WhisperConfig(width=64, layers=1, seconds=4.0),
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """The path of a file like assets/base.pt, made the way it was made, but in no time; it has
-    fewer layers, most of which a test would spend its time on."""
+    fewer and narrower layers, or a test would spend its time on them."""
     path = tmp_path_factory.mktemp("base") / "base.pt"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "LLMConfig", ShallowLLMConfig)

@@ -33,5 +33,5 @@ def test_all_tests_run_once_and_failures_of_both_processes_are_told(failing, tmp
     assert len({process for _, process in ran}) == 2
     assert process.returncode == (1 if failing else 0), process.stdout + process.stderr
     assert f"{100 - len(failing)} passed" in process.stdout
-    told = re.findall(r"FAILED .*test_number\[(\d+)\]", process.stdout)
-    assert sorted(map(int, told)) == [*failing]
+    failed = re.findall(r"FAILED .*test_number\[(\d+)\]", process.stdout)
+    assert sorted(map(int, failed)) == [*failing]
