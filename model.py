@@ -28,7 +28,7 @@ PAD_POSITION = 1 << 30  # the position of padding: after every query, so no quer
 @dataclass(frozen=True)
 class LLMConfig:
     """Sizes of the decoder, named as in Hugging Face's config.json; by default our miniature."""
-    vocab_size: int = 512
+    vocab_size: int = 768
     hidden_size: int = 128
     intermediate_size: int = 384
     num_hidden_layers: int = 4

@@ -10,6 +10,7 @@ import mmap
 import os
 import re
 import secrets
+import shutil
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -314,6 +315,12 @@ def save_atomically(path, content, write=torch.save):
         raise
     finally:
         temporary.unlink(missing_ok=True)  # on a full disk it would take what room there is
+
+
+def copy_atomically(source, path):
+    """Copy a file in the same way."""
+    with open(source, "rb") as content:
+        save_atomically(path, content, shutil.copyfileobj)
 
 
 def check_output(path, inputs):

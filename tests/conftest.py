@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import pytest
@@ -53,7 +54,7 @@ def base(tmp_path_factory):
     saved, load = load_checkpoint(path, pretrain.BASE_FORMAT), pretrain.load_checkpoint
     with pytest.MonkeyPatch.context() as patch:  # it is read hundreds of times
         patch.setattr(pretrain, "load_checkpoint", lambda name, format: (
-            saved if str(name) == str(path) else load(name, format)))
+            deepcopy(saved) if str(name) == str(path) else load(name, format)))
         yield path
 
 
