@@ -132,12 +132,14 @@ def test_without_validation_questions_the_table_says_so(run_train, sounds):
 
 # ------------------------------------------------------------------------------------ repeatable
 
-def test_the_seed_decides_every_loss(run_train, sounds):
+def test_the_seed_decides_every_loss(run_train, sounds, recorded):
     one, two, other = (run_train("--seed", seed)[2] for seed in (0, 0, 1))
     for line in (one[-1], two[-1]):
         del line["seconds_per_step"]
     assert one == two
     assert all(a != b for a, b in zip(losses(one), losses(other)))
+    first, again, third = (recorded[step][0] for step in (0, 5, 10))  # each run has five steps
+    assert the_same(first, again) and not the_same(first, third)
     items = QuestionList(sounds / "q.json")
     orders = {tuple(np.concatenate(list(islice(batches, 5)))) for seed in range(9)
               for _, _, batches in train.plan_stages(
