@@ -39,6 +39,7 @@ BASE_FORMAT = "prepared parts 1"
 # Scenes of the training split, from this index on: an encoder would hear the clips that it learnt
 # from more clearly than those of the test, so training has none of them.
 PRETRAIN_INDEX_OFFSET = 10 ** 6
+TOKENIZER_SCENES = 3000  # from whose texts the tokenizer is learnt
 PARTS = ("sslam", "llm", "whisper", "clap")  # the one that takes longest first
 # The domains whose clips an encoder learns from; of the others it gets a quarter.
 ENCODER_DOMAINS = {"whisper": ("speech",), "sslam": ("sound", "music")}
@@ -212,7 +213,7 @@ def pretrain_llm(o):
     place of CLAP's, which do not tell when, zeros."""
     rng, D = np.random.default_rng(o.seed), LLMConfig.hidden_size
     times = {kind: token_times(make_encoder(kind)) for kind in ENCODERS}
-    texts = [text for i in range(3000) for pairs in draw_conversations(i, o, rng)[1]
+    texts = [text for i in range(TOKENIZER_SCENES) for pairs in draw_conversations(i, o, rng)[1]
              for pair in pairs for text in pair]
     tokenizer = train_tokenizer(texts, LLMConfig.vocab_size)
     llm = LLM(replace(LLMConfig(), vocab_size=tokenizer.vocab_size))

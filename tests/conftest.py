@@ -45,6 +45,7 @@ def base(tmp_path_factory):
     path = tmp_path_factory.mktemp("base") / "base.pt"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "LLMConfig", ShallowLLMConfig)
+        patch.setattr(pretrain, "TOKENIZER_SCENES", 300)
         for encoder, config in SHALLOW.items():
             patch.setitem(encoder.sizes, "mini", config)
         # where torch has CUDA, a process that has computed gradients may not be forked
