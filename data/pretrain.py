@@ -5,7 +5,7 @@ syllables apart, SSLAM who speaks, what sounds and which instrument plays, CLAP 
 language-audio pretraining) which words go with a clip. The LLM (large language model) learns to
 answer about scenes, of which it reads what flawless encoders would say.
 
-    python -m data.pretrain --seed 1 --base out/base.pt      # half an hour on 2 cores
+    python -m data.pretrain --seed 1 --base out/base.pt      # half an hour on 2 cores, by estimate
 """
 import math
 import multiprocessing
@@ -234,8 +234,7 @@ def pretrain_llm(o):
                                       for i in range(16 * step, 16 * step + 16)))
         audio = torch.cat([embed_targets(kind, scenes) for kind in ENCODERS], 1)  # (B, N, D)
         clip_index = [i for i, own in enumerate(conversations) for _ in own]
-        conversations = list(chain(*conversations))
-        ids, weights = zip(*(tokenize_conversation(tokenizer, c) for c in conversations))
+        ids, weights = zip(*(tokenize_conversation(tokenizer, c) for c in chain(*conversations)))
         ids, weights = (pad_batch([torch.tensor(row) for row in rows])[0]
                         for rows in (ids, weights))
         # every other batch goes LAL's way, so that the LLM suits both
@@ -244,7 +243,7 @@ def pretrain_llm(o):
         prefill(llm, [before, Segment(("plits", "lal")[step % 2], audio)], cache)
         cache = cache.fork(clip_index, ids.shape[1])
         hidden = prefill(llm, [Segment("plits", llm.embed(ids[:, :-1]))], cache)
-        return llm.loss(hidden, ids, weights) / sum(map(len, conversations))
+        return llm.loss(hidden, ids, weights) / sum(map(len, chain(*conversations)))
 
     fit([llm, tables], compute_loss, o.llm_steps, 2e-3, "llm")
     return tokenizer, llm

@@ -318,7 +318,7 @@ def save_atomically(path, content, write=torch.save):
 
 
 def copy_atomically(source, path):
-    """Copy a file in the same way."""
+    """Copy the file `source` to `path`, which is always whole, as with save_atomically."""
     with open(source, "rb") as content:
         save_atomically(path, content, shutil.copyfileobj)
 

@@ -44,7 +44,8 @@ class First:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pytest"], env={**os.environ, REPORTS: self.path}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        config.add_cleanup(self.process.kill)
+        config.add_cleanup(self.process.wait)
+        config.add_cleanup(self.process.kill)  # the last that is added is the first that is done
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session):

@@ -961,7 +961,7 @@ def test_a_full_disk_is_told_of_with_the_path_of_the_metrics():
 
 @pytest.fixture
 def interrupt(run_train, call, base, monkeypatch):
-    """interrupt(after, cause) is run_train(steps=ALL), broken off after so many steps and then resumed."""
+    """interrupt(after, cause) is run_train(steps=ALL), broken off after so many steps, resumed."""
     def run(after, cause, *options):
         answer_loss, calls = train.answer_loss, []
 
