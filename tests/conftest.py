@@ -28,7 +28,7 @@ torch.set_num_threads(1)  # sums of this size end sooner where no thread waits f
 class ShallowLLMConfig(LLMConfig):
     hidden_size: int = 64
     intermediate_size: int = 128
-    num_hidden_layers: int = 3
+    num_hidden_layers: int = 2
     num_attention_heads: int = 2
     num_key_value_heads: int = 1
 
@@ -128,3 +128,7 @@ def pytest_configure(config):
 def pytest_itemcollected(item):
     if number := re.match(r"test_ex(\d+)_", item.name):
         item.add_marker(f"ex{int(number[1])}")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what has been imported stays, and need not be looked through

@@ -13,10 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bench
 from bench import LLM, LLMConfig, make_workload
-from data.pretrain import load_base
+from data.pretrain import BASE_FORMAT, load_base
 from lib.plots import draw_learning
 from lib.profiling import (attention_kernels, count_flops, count_saved_bytes, describe_machine,
                            print_table, time_in_turns)
+from lib.weights import load_checkpoint, save_atomically
 
 SMALL = LLMConfig(96, 48, 112, 3, 6, 2, 10)
 
@@ -451,9 +452,21 @@ def test_shares_of_a_task_are_of_the_questions_in_all_domains():
     assert bench.task_scores(scores) == {"all": 0.4, "captioning": 0.25, "reasoning": 1}
 
 
+@pytest.fixture(scope="module")
+def deep_base(base):
+    """The tests' base with four layers, as assets/base.pt has and the names of arms suppose."""
+    saved = load_checkpoint(base, BASE_FORMAT)
+    saved["llm_config"]["num_hidden_layers"] = 4
+    saved["state"]["llm"] |= {name.replace("layers.1.", f"layers.{layer}."): p for layer in (2, 3)
+                              for name, p in saved["state"]["llm"].items() if "layers.1." in name}
+    path = base.with_name("deep.pt")
+    save_atomically(path, saved)
+    return path
+
+
 @pytest.mark.parametrize("arm", bench.ARMS)
-def test_every_arm_of_the_comparison_can_be_made_and_counted(arm, base):
-    options = bench.arm_options(bench.Options(base=str(base)), arm, 0, 8)
+def test_every_arm_of_the_comparison_can_be_made_and_counted(arm, deep_base):
+    options = bench.arm_options(bench.Options(base=str(deep_base)), arm, 0, 8)
     model = bench.make_arm(options)
     assert model.mode == (options.routes or options.mode)
     features = [{kind: torch.randn(2 * e.grid[1], e.width) for kind, e in model.encoders.items()}]

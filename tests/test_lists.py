@@ -300,15 +300,15 @@ def test_the_fingerprint_changes_with_the_list(sounds):
 
 def test_an_item_of_jsonl_costs_a_few_bytes_of_memory(sounds):
     line = json.dumps(item("a.wav", instruction="What is it? " * 20)) + "\n"
-    (sounds / "long.jsonl").write_text(line * 20000)
+    (sounds / "long.jsonl").write_text(line * 8000)
     tracemalloc.start()
     items = QuestionList(sounds / "long.jsonl")
     own = tracemalloc.Filter(True, "*lists.py")  # not what is imported or interned meanwhile
     traces = tracemalloc.take_snapshot().filter_traces([own]).statistics("filename")
     used = sum(trace.size for trace in traces)
     tracemalloc.stop()
-    assert len(items) == 20000  # of 300 bytes each in the file
-    assert 24 * 20000 <= used < 24 * 20000 + 60000
+    assert len(items) == 8000  # of 300 bytes each in the file
+    assert 24 * 8000 <= used < 24 * 8000 + 30000
 
 
 def test_the_wrong_clip_is_another_one_of_the_same_domain_if_there_is_one():

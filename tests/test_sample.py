@@ -175,7 +175,7 @@ def test_the_likeliest_choice_is_that_of_each_choice_alone(checkpoint, batch):
     model = AudioLLM.load(checkpoint).double()
     for p in model.llm.parameters():  # who is sure of nothing chooses the shortest, whatever sounds
         p.data *= 3
-    features = random_features(model, 1, 3)
+    features = random_features(model, 1, 4)
     rng, words = np.random.default_rng(0), "a dog an alarm bird no yes siren ba so man".split()
     many = [" ".join(rng.choice(words, 1 + n % 4)) for n in range(40)]  # short and long ones
     choices = [many, (), many, many[9:]]

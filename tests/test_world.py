@@ -17,9 +17,11 @@ COUNTS = "zero one two three four five".split()
 ORDINALS = "first second third fourth fifth".split()
 
 
-@functools.cache
+kept_scene = functools.cache(scene)
+
+
 def scenes(split, count, seed=0, difficulty=1):
-    return [scene(split, index, seed, difficulty) for index in range(count)]
+    return [kept_scene(split, index, seed, difficulty) for index in range(count)]
 
 
 @functools.cache
