@@ -60,14 +60,14 @@ def draw_listening(path, spectrogram, band_hz, seconds, title, panels):
     size = (8, 0.9 + sum(heights))
     with open_figure(path, len(heights), figsize=size, sharex=True, height_ratios=heights) as axes:
         top, rows = axes[0], [16, 48, 80, 112]
-        top.imshow(spectrogram.T, origin="lower", aspect="auto", cmap="magma",
+        top.imshow(spectrogram.T.numpy(), origin="lower", aspect="auto", cmap="magma",
                    vmin=spectrogram.max() - 5, extent=(0, len(spectrogram) / 100, 0, 128))
         top.set(ylabel="kHz", yticks=rows)
         top.set_yticklabels([f"{band_hz[row] / 1000:.1f}" for row in rows])
         top.set_title(title, wrap=True)
         for ax, (name, words, grids, shares, step) in zip(axes[1:], panels):
             for i, (grid, share) in enumerate(zip(grids, shares)):
-                ax.imshow(grid.T, origin="lower", aspect="auto", cmap="Blues", vmin=0,
+                ax.imshow(grid.T.numpy(), origin="lower", aspect="auto", cmap="Blues", vmin=0,
                           vmax=grids.max(), extent=(0, len(grid) * step, i + 0.4, i - 0.4))
                 ax.text(1.01, i, f"{share:.0%}", va="center", transform=ax.get_yaxis_transform())
             ax.set(title=f"{name}: where a word's attention fell, and how much of it",
@@ -92,7 +92,7 @@ def draw_masks(path):
                 if routes.get(query) != "lal":  # LAL's audio is keys and values only
                     colours = [COLOURS[key] if seen else "#eeeeee"
                                for key, seen in zip(kinds, visible[i])]
-                    ax.bar(positions, 0.9, 0.9, bottom=i - 0.45, color=colours)
+                    ax.bar(range(len(kinds)), 0.9, 0.9, bottom=i - 0.45, color=colours)
             middles = [kinds.index(kind) + (n - 1) / 2 for kind, n in sizes.items()]
             ax.set(title=mode.upper(), xlabel="keys", xticks=middles, yticks=middles,
                    ylim=(len(kinds) - 0.4, -0.6))

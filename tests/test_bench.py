@@ -307,7 +307,7 @@ def test_inference_is_measured_in_parts(tiny, capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="no other system can limit memory")
 def test_rows_of_a_process_stand_beside_their_prediction_and_one_may_be_too_large(capsys):
     o, _ = bench.resolve_options(bench.Options(batch=4, rounds=1, memory=1.5))
-    rows = [(20000, 3), (4, 3)]
+    rows = [(400_000, 3), (4, 3)]
     measured = bench.measure_rows(o, "train", "plits", rows, bench.tqdm(disable=True))
     assert [(r["mode"], r["Na"], r["Nt"]) for r in measured] == [("plits", *row) for row in rows]
     assert measured[0]["error"] == "out of memory"

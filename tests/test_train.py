@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -1205,23 +1206,39 @@ print(len(calls), file=open("calls" + os.environ["RANK"], "w"))
 """
 
 
+TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+
+
 @pytest.fixture
 def run_two(base, sounds):
-    """run_two(options) trains in two processes: (stdout, stderr, lines of metrics.jsonl)."""
+    """run_two(options) trains in two processes: (stdout, stderr, lines of metrics.jsonl). They are
+    started as torchrun does it, or by torchrun itself, which is a third one that imports torch."""
     if os.name == "nt":
         pytest.skip("torchrun needs libuv, which torch for Windows is built without")
 
-    def run(*options):
+    def run(*options, torchrun=False):
         (sounds / "two.py").write_text(TWO.format(path=[str(ROOT), str(ROOT / "tests")]))
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "two.py", "--base", base, "--device", "cpu", "--data", "q.json", "--val-data",
-             "v.json", "--batch", "3", "--micro", "1", "--steps1", "1", "--steps2", "0",
-             "--steps3", "11", "--out", "two", *options],
-            cwd=sounds, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
+        command = [sys.executable, *(TORCHRUN if torchrun else ()), "two.py", "--base", base,
+                   *"--device cpu --data q.json --val-data v.json --batch 3 --micro 1".split(),
+                   *"--steps1 1 --steps2 0 --steps3 11 --out two".split(), *options]
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            _, port = server.getsockname()  # a free one
+        shared = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+        environments = [{}] if torchrun else [shared | {"RANK": rank} for rank in "01"]
+        processes = [subprocess.Popen(
+            command, cwd=sounds, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+            for environment in environments]
+        try:
+            output = [process.communicate(timeout=120) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        stdout, stderr = map("".join, zip(*output))
+        assert not any(process.returncode for process in processes), stderr
         lines = (sounds / "two" / "metrics.jsonl").read_text().splitlines()
-        return done.stdout, done.stderr, [json.loads(line) for line in lines]
+        return stdout, stderr, [json.loads(line) for line in lines]
 
     return run
 
@@ -1243,7 +1260,7 @@ def test_two_processes_are_one_with_twice_the_parts(run_train, run_two, sounds, 
 def test_two_processes_tell_once_of_items_that_cannot_be_used(run_two, sounds):
     items = json.loads((sounds / "q.json").read_text())
     (sounds / "q.json").write_text(json.dumps([items[0], item("gone.wav"), *items[1:]]))
-    _, stderr, _ = run_two("--skip-bad")
+    _, stderr, _ = run_two("--skip-bad", torchrun=True)
     assert stderr.count("gone.wav") == 1 and stderr.count("items cannot be used") == 1
 
 
@@ -1252,7 +1269,7 @@ def test_two_processes_tell_once_of_a_clip_that_cannot_be_read(run_train, run_tw
                                                                monkeypatch):
     options = "--skip-bad", "--no-keep-features"
     (unreadable / "v.json").write_text(json.dumps([item("a.wav"), item("b.wav")]))
-    _, stderr, two = run_two(*options)
+    _, stderr, two = run_two(*options, torchrun=True)
     assert stderr.count("bad.wav") == 1
     in_float64(monkeypatch.setattr)
     monkeypatch.setattr(train, "LOG_EVERY", 1)

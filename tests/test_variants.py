@@ -142,8 +142,8 @@ def test_a_summary_is_an_average_of_what_is_not_padding():
     audio, lengths = random(2, 5, 6), torch.tensor([5, 2])
     for b, n in enumerate(lengths):
         for query, got in zip(summary.queries, summary(audio, lengths)[b]):
-            weights = torch.tensor([query @ token / 6 ** 0.5 for token in audio[b, :n]]).softmax(0)
-            assert same(got, weights.double() @ audio[b, :n])
+            scores = torch.stack([query @ token / 6 ** 0.5 for token in audio[b, :n]])
+            assert same(got, scores.softmax(0) @ audio[b, :n])
     summary.queries.data.zero_()
     assert same(summary(audio, None), audio.mean(1, keepdim=True).expand(-1, 4, -1))
 
