@@ -71,8 +71,7 @@ class First(Process):
     def pytest_runtestloop(self, session):
         result = yield
         output, _ = self.process.communicate()
-        if self.process.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED,
-                                           pytest.ExitCode.NO_TESTS_COLLECTED):
+        if self.process.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             raise pytest.UsageError(f"the second process of tests failed:\n{output}")
         self.reports.touch()  # the first one may have been much faster
         with open(self.reports, encoding="utf-8") as file:

@@ -1224,7 +1224,7 @@ def run_two(base, sounds):
         with socket.create_server(("127.0.0.1", 0)) as server:
             _, port = server.getsockname()  # a free one
         shared = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+                  "MASTER_PORT": str(port)}
         environments = [{}] if torchrun else [shared | {"RANK": rank} for rank in "01"]
         processes = [subprocess.Popen(
             command, cwd=sounds, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
